@@ -1,0 +1,239 @@
+"""Save and load in the Hugging Face layout of DeepSeek-V3: config.json, sharded *.safetensors with an index, the published names.
+
+`folder/` holds numbered checkpoints and `latest`, which points to the newest whole one and is switched by one atomic rename, so a kill at
+any moment leaves the old checkpoint or the new one. `folder/latest` is what transformers' `from_pretrained` takes. No pickle is read.
+"""
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helpers.model import DeepSeekV3, V3Config
+
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file or tensor and what would help."""
+
+
+# ------------------------------------------------------------------------------------------------------------ published names
+
+
+def _parts(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
+    """(published name, the tensor or slice of it in our model), writable in place, for every tensor of the files."""
+    N = model.config.num_hidden_layers
+    for ours, tensor in model.state_dict(keep_vars=True).items():
+        tensor = tensor.detach()
+        names = [ours if ours.startswith("lm_head") else f"model.{ours}"]
+        if ours.startswith("mtp."):  # MTP module k is layer N + k in the files
+            _, k, rest = ours.split(".", 2)
+            rest = rest.removeprefix("block.")
+            rest = "shared_head.norm.weight" if rest == "norm.weight" else rest
+            names = [f"model.layers.{N + int(k)}.{rest}"]
+        name = names[0]
+        if ".experts." not in name:
+            yield name, tensor
+            continue
+        stem, kind = name.rsplit(".", 1)
+        for e in range(tensor.shape[0]):
+            if kind == "down_proj":
+                yield f"{stem}.{e}.down_proj.weight", tensor[e]
+            else:
+                gate, up = tensor[e].chunk(2)
+                yield f"{stem}.{e}.gate_proj.weight", gate
+                yield f"{stem}.{e}.up_proj.weight", up
+
+
+def _copies(model: DeepSeekV3) -> dict[str, str]:
+    """The embedding and head that the files repeat in each MTP layer: published name -> the name that it equals."""
+    N, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    layers = [f"model.layers.{N + k}" for k in range(depth)]
+    return ({f"{n}.embed_tokens.weight": "model.embed_tokens.weight" for n in layers}
+            | {f"{n}.shared_head.head.weight": "lm_head.weight" for n in layers})
+
+
+def published_parameters(model: DeepSeekV3) -> int:
+    """Numbers in the published files of this model (the 685B of the Hugging Face page: embedding and head stand in them twice)."""
+    sizes = {name: tensor.numel() for name, tensor in _parts(model)}
+    return sum(sizes.values()) + sum(sizes[source] for source in _copies(model).values())
+
+
+# --------------------------------------------------------------------------------------------------------------------- save
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None = None, state: dict[str, Any] | None = None,
+         shard_bytes: int = 2_000_000_000, files: dict[str, str] | None = None) -> Path:
+    """Write a checkpoint and switch `folder/latest` to it. Returns the new checkpoint's own folder.
+
+    `extra` tensors (an optimizer's) and `state` (JSON) come back from `load_training`; `files` are more text files by name (a
+    tokenizer). Weights keep their dtype. A folder that holds something else than checkpoints is a ValueError.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and (folder / "config.json").exists()):
+        raise ValueError(f"{folder} is not a folder of ours to write checkpoints into: choose a new or empty one")
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
+    new = folder / f"checkpoint-{max(numbers, default=0) + 1:06d}"
+    part = folder / f".part-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in _parts(model)}
+    tensors |= {name: tensors[source] for name, source in _copies(model).items()}
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: t.clone() for name, t in shard.items()}, part / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    _write_json(part / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
+    _write_json(part / "config.json", model.config.to_hf())
+    if extra:
+        save_file({name: t.contiguous() for name, t in extra.items()}, part / "training.safetensors")
+    if state is not None:
+        _write_json(part / "training.json", state)
+    for name, text in (files or {}).items():
+        (part / name).write_text(text, encoding="utf-8")
+    for path in part.iterdir():  # on the disk before the pointer says so
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+    os.replace(part, new)
+    _point(folder, new.name)
+    for old in [*folder.glob("checkpoint-*"), *folder.glob(".part-*"), *folder.glob(".latest-*")]:
+        if old != new:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    return new
+
+
+def _point(folder: Path, name: str) -> None:
+    """Switch `folder/latest`: a relative link, or a file with the name in it where the file system has no links."""
+    pointer = folder / f".latest-{os.getpid()}"
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(name, target_is_directory=True)
+    except OSError:
+        pointer.write_text(name, encoding="utf-8")
+    os.replace(pointer, folder / "latest")
+
+
+# --------------------------------------------------------------------------------------------------------------------- load
+
+
+def resolve(folder: str | Path) -> Path:
+    """The folder with the files: what `latest` points to, or `folder` itself when it holds a config.json. CheckpointError if neither."""
+    folder = Path(folder)
+    pointer = folder / "latest"
+    if pointer.is_file():
+        pointer = folder / pointer.read_text(encoding="utf-8").strip()
+    for place in (pointer, folder):
+        if (place / "config.json").is_file():
+            return place.resolve()
+    raise CheckpointError(f"no checkpoint in {folder}: neither config.json nor a `latest` that leads to one")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}: the checkpoint is not whole, take another copy") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}): take another copy") from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}: the checkpoint is not whole, take another copy") from None
+    except (SafetensorError, OSError, struct.error) as error:
+        raise CheckpointError(f"{path.name} is damaged or truncated ({error}): take another copy") from None
+
+
+def _weight_files(folder: Path) -> dict[str, Any]:
+    """Published name -> the open file that holds it, checked against the index when there is one."""
+    if not (folder / INDEX).exists():
+        single = _open(folder / "model.safetensors")
+        return dict.fromkeys(single.keys(), single)
+    index = _json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map of names to files: take another copy")
+    outside = [f for f in weight_map.values() if Path(f).name != f]
+    if outside:
+        raise CheckpointError(f"{INDEX} points outside its folder: {outside[0]!r}")
+    handles = {file: _open(folder / file) for file in sorted(set(weight_map.values()))}
+    inside = {name: file for file, handle in handles.items() for name in handle.keys()}
+    for name, file in weight_map.items():
+        if inside.get(name) != file:
+            raise CheckpointError(f"tensor {name} is missing in {file}, where {INDEX} has it")
+    extra = sorted(set(inside) - set(weight_map))
+    if extra:
+        raise CheckpointError(f"tensor {extra[0]} in {inside[extra[0]]} is not in {INDEX}: an extra tensor")
+    return {name: handles[file] for name, file in weight_map.items()}
+
+
+def load(folder: str | Path) -> DeepSeekV3:
+    """Read a checkpoint of ours or of transformers (a folder with `latest`, or with config.json itself): float32, CPU, eval mode.
+
+    A file whose config promises MTP but which holds no MTP weights (transformers writes such) loads as a model without MTP. A missing,
+    extra, misshapen, truncated or non-float tensor is one CheckpointError that names it; nothing is returned half-read.
+    """
+    folder = resolve(folder)
+    raw = _json(folder / "config.json")
+    try:
+        config = V3Config.from_hf(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    files = _weight_files(folder)
+    N = config.num_hidden_layers
+    if config.num_nextn_predict_layers and not any(name.startswith(f"model.layers.{N}.") for name in files):
+        config = config.with_(num_nextn_predict_layers=0)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are all overwritten: leave the caller's random numbers alone
+        model = DeepSeekV3(config).eval()
+    parts, copies = dict(_parts(model)), _copies(model)
+    for missing in sorted(set(parts) - set(files)):
+        raise CheckpointError(f"tensor {missing} is missing: the files do not fit their config.json")
+    for extra in sorted(set(files) - set(parts) - set(copies)):
+        raise CheckpointError(f"tensor {extra} is extra: config.json has no place for it")
+    for name, target in parts.items():
+        target.copy_(_tensor(files[name], name, target.shape))
+    for name, source in copies.items():
+        if name in files and not torch.equal(_tensor(files[name], name, parts[source].shape).to(torch.float32), parts[source]):
+            raise CheckpointError(f"tensor {name} differs from {source}: MTP shares its embedding and head with the model")
+    return model
+
+
+def _tensor(file: Any, name: str, shape: torch.Size) -> Tensor:
+    try:
+        tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"tensor {name} cannot be read ({error}): take another copy") from None
+    if tensor.shape != shape:
+        raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise CheckpointError(f"tensor {name} is {tensor.dtype}: only float32, bfloat16, float16 and float64 weights are read")
+    return tensor
+
+
+def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The `extra` tensors and the `state` that were saved with the newest checkpoint. CheckpointError when there are none."""
+    folder = resolve(folder)
+    state = _json(folder / "training.json")
+    with _open(folder / "training.safetensors") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, state

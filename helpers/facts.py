@@ -1,0 +1,311 @@
+"""Published figures of DeepSeek-V3/R1 and the models it is compared with, each with its source and how well it was checked.
+
+As of 2026-11-22. `fact("v3.total_params")` prints as `671B parameters (V3 §4.2; VERIFIED)`; `SOURCES` spells the keys out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+STATUSES = {
+    "VERIFIED": "read in the source named",
+    "VERIFIED-2": "read only in second-hand copies",
+    "DERIVED": "computed from other figures",
+    "MEMORY": "not checked",
+    "UNVERIFIABLE": "no source settles it",
+}
+
+SOURCES = {
+    "V3": "DeepSeek-V3 Technical Report, arXiv:2412.19437",
+    "V3repo": "github.com/deepseek-ai/DeepSeek-V3: README, README_WEIGHTS, inference/model.py, inference/configs/config_671B.json",
+    "HFcfg": "config.json of deepseek-ai/DeepSeek-V3 on Hugging Face",
+    "TF": "transformers 5.23.0, defaults of DeepseekV3Config, MixtralConfig and LlamaConfig",
+    "R1v1": "DeepSeek-R1, arXiv:2501.12948v1 (January 2025)",
+    "R1v2": "DeepSeek-R1, arXiv:2501.12948v2 (January 2026, matches the Nature 2025 paper); some tables read second-hand",
+    "R1repo": "github.com/deepseek-ai/DeepSeek-R1, README",
+    "ISCA": "Zhao et al., Insights into DeepSeek-V3, ISCA '25, arXiv:2505.09343",
+    "L3": "The Llama 3 Herd of Models, arXiv:2407.21783",
+    "L3card": "github.com/meta-llama/llama-models, models/llama3_1/MODEL_CARD.md",
+    "MIX": "Mixtral of Experts, arXiv:2401.04088, and Mistral's announcements",
+    "DualPipe": "github.com/deepseek-ai/DualPipe, README",
+    "DeepEP": "github.com/deepseek-ai/DeepEP, README",
+    "infra": "github.com/deepseek-ai/open-infra-index, day 6",
+    "FF": "Fire-Flyer AI-HPC, arXiv:2408.14158",
+    "PRESS": "press and analyst reports (SemiAnalysis, CNBC, BBC-derived pieces), read second-hand",
+    "ART": "the article whose claims a to p are examined",
+}
+
+
+def source_keys(source: str) -> list[str]:
+    """The keys in a source string: `"V3 §4.2; ISCA §4.1"` gives `["V3", "ISCA"]`."""
+    return [part.split()[0] for part in source.split(";")]
+
+
+def readable(value: Any, between: str = "–") -> str:
+    """A figure as people write it: 671B, 14.8T, 70,272, 2.2e-4; a tuple is a range, a dict a row of a table."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {readable(v, '→')}" for name, v in value.items())
+    if isinstance(value, tuple):
+        return between.join(readable(v) for v in value)
+    if abs(value) >= 1e15 or 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.6g}{suffix}"
+    return f"{value:,.6g}"
+
+
+@dataclass(frozen=True, repr=False)
+class Fact:
+    """One figure. A tuple is a (low, high) range; inside a dict it is (baseline, changed)."""
+
+    value: Any
+    unit: str
+    source: str
+    status: str
+    note: str = ""
+
+    def __post_init__(self):
+        if self.status not in STATUSES:
+            raise ValueError(f"unknown status {self.status!r}: use one of {', '.join(STATUSES)}")
+
+    def __str__(self) -> str:
+        status = "not checked" if self.status == "MEMORY" else self.status
+        return f"{readable(self.value)} {self.unit}".strip() + f" ({self.source}; {status})"
+
+    def __repr__(self) -> str:
+        return f"{self} - {self.note}" if self.note else str(self)
+
+
+FACTS: dict[str, Fact] = {
+    # DeepSeek-V3: size
+    "v3.total_params": Fact(671e9, "parameters", "V3 §4.2", "VERIFIED"),
+    "v3.active_params": Fact(37e9, "parameters per token", "V3 §4.2", "VERIFIED"),
+    "v3.active_params_weights_readme": Fact(36.7e9, "parameters per token", "V3repo README_WEIGHTS", "VERIFIED",
+                                            "said to include embedding and head; only the head-only count comes near"),
+    "v3.hf_params": Fact(685e9, "parameters", "V3repo README", "VERIFIED", "671B plus 14B for the MTP module"),
+    "v3.mtp_params": Fact(14e9, "parameters", "V3repo README", "VERIFIED", "counts a second copy of embedding and head"),
+    "v3.mtp_unique": Fact(11.5e9, "parameters", "V3repo README_WEIGHTS", "VERIFIED", "without eh_proj"),
+    "v3.mtp_active": Fact(2.4e9, "parameters per token", "V3repo README_WEIGHTS", "VERIFIED",
+                          "with embedding and head, without eh_proj"),
+    "v3.recomputed_total": Fact(671.03e9, "parameters", "HFcfg", "DERIVED", "without MTP"),
+    "v3.recomputed_active_with_emb_head": Fact(37.55e9, "parameters per token", "HFcfg", "DERIVED"),
+    "v3.recomputed_active_head_only": Fact(36.63e9, "parameters per token", "HFcfg", "DERIVED"),
+    "v3.recomputed_active_neither": Fact(35.70e9, "parameters per token", "HFcfg", "DERIVED"),
+    "v3.mtp_unique_recomputed": Fact(11.61e9, "parameters", "HFcfg", "DERIVED", "with the 7168 x 14336 eh_proj"),
+    "v3.mtp_active_recomputed": Fact(2.54e9, "parameters per token", "HFcfg", "DERIVED", "with eh_proj, embedding and head"),
+    "v3.hf_recomputed": Fact(684.49e9, "parameters", "HFcfg", "DERIVED", "671.03B + 11.61B + embedding and head again"),
+    "v3.active_fraction": Fact(0.056, "of all parameters", "HFcfg", "DERIVED", "37.55B / 671.03B"),
+    "v3.routed_expert_share": Fact(0.974, "of all parameters", "HFcfg", "DERIVED"),
+    # DeepSeek-V3: training
+    "v3.tokens": Fact(14.8e12, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.context": Fact(131072, "tokens", "V3 §4.3", "VERIFIED", "printed as 128K"),
+    "v3.context_hf": Fact(163840, "positions", "HFcfg", "VERIFIED", "max_position_embeddings = 40 x 4096"),
+    "v3.long_context_tokens": Fact(126e9, "tokens", "V3 §4.3", "DERIVED", "1000 x (1920 x 32768 + 480 x 131072)"),
+    "v3.train.seq_len": Fact(4096, "tokens", "V3 §4.2", "VERIFIED", "printed as 4K"),
+    "v3.train.lr": Fact(2.2e-4, "", "V3 §4.2", "VERIFIED"),
+    "v3.train.beta1": Fact(0.9, "", "V3 §4.2", "VERIFIED"),
+    "v3.train.beta2": Fact(0.95, "", "V3 §4.2", "VERIFIED"),
+    "v3.train.weight_decay": Fact(0.1, "", "V3 §4.2", "VERIFIED"),
+    "v3.train.grad_clip": Fact(1.0, "gradient norm", "V3 §4.2", "VERIFIED"),
+    "v3.train.warmup_steps": Fact(2000, "steps", "V3 §4.2", "VERIFIED"),
+    "v3.train.constant_until_tokens": Fact(10e12, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.cosine_tokens": Fact(4.3e12, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.final_lr_1": Fact(2.2e-5, "", "V3 §4.2", "VERIFIED", "end of the cosine, then held"),
+    "v3.train.final_tokens_1": Fact(333e9, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.final_lr_2": Fact(7.3e-6, "", "V3 §4.2", "VERIFIED"),
+    "v3.train.final_tokens_2": Fact(167e9, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.batch_start": Fact(3072, "sequences", "V3 §4.2", "VERIFIED"),
+    "v3.train.batch_end": Fact(15360, "sequences", "V3 §4.2", "VERIFIED"),
+    "v3.train.batch_ramp_tokens": Fact(469e9, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.batch_end_tokens": Fact(62.9e6, "tokens per step", "V3 §4.2", "DERIVED"),
+    "v3.train.gamma": Fact(0.001, "bias step", "V3 §4.2", "VERIFIED"),
+    "v3.train.gamma_tokens": Fact(14.3e12, "tokens", "V3 §4.2", "VERIFIED", "0.0 for the last 500B"),
+    "v3.train.alpha": Fact(1e-4, "sequence-wise balance loss weight", "V3 §4.2", "VERIFIED", "HFcfg has 0.001; the paper rules"),
+    "v3.train.lambda_first": Fact(0.3, "MTP loss weight", "V3 §4.2", "VERIFIED"),
+    "v3.train.lambda_last": Fact(0.1, "MTP loss weight", "V3 §4.2", "VERIFIED"),
+    "v3.train.lambda_switch_tokens": Fact(10e12, "tokens", "V3 §4.2", "VERIFIED"),
+    "v3.train.init_std": Fact(0.006, "", "V3 §4.2", "VERIFIED", "HFcfg has 0.02"),
+    # Routing, prediction, cache, compute
+    "v3.node_limit": Fact(4, "nodes per token (M)", "V3 §4.2", "VERIFIED"),
+    "v3.mtp_acceptance": Fact((0.85, 0.90), "of second tokens", "V3 §5.4.3", "VERIFIED"),
+    "v3.mtp_acceptance_isca": Fact((0.80, 0.90), "of second tokens", "ISCA §2.3.3", "VERIFIED"),
+    "v3.mtp_speedup": Fact(1.8, "x tokens per second", "V3 §5.4.3; ISCA §2.3.3", "VERIFIED"),
+    "v3.mtp_tokens_per_step": Fact((1.85, 1.90), "tokens per step", "V3 §5.4.3", "DERIVED", "1 + acceptance"),
+    "v3.kv_bytes": Fact(70272, "bytes per token", "ISCA Table 1", "VERIFIED", "BF16; (512 + 64) x 2 x 61"),
+    "v3.train_gflops": Fact(250, "GFLOP per token", "ISCA Table 2", "VERIFIED", "forward and backward, length 4096"),
+    "v3.train_gflops_recomputed": Fact(250.5, "GFLOP per token", "HFcfg", "DERIVED", "6 x 36.63B + causal attention 30.7"),
+    "v3.tflops_per_gpu": Fact(385, "TFLOPS per GPU", "ISCA Table 4", "VERIFIED", "causal count"),
+    "v3.tflops_per_gpu_recomputed": Fact(386, "TFLOPS per GPU", "ISCA Table 2; V3 Table 1", "DERIVED"),
+    "v3.gpus": Fact(2048, "H800", "V3 §3.1", "VERIFIED"),
+    "h800.nvlink": Fact(400, "GB/s", "ISCA §4.1", "VERIFIED", "both directions together"),
+    "h100.nvlink": Fact(900, "GB/s", "ISCA §4.1", "VERIFIED", "both directions together"),
+    # Cost
+    "v3.gpu_hours_pretrain": Fact(2.664e6, "H800 hours", "V3 Table 1", "VERIFIED"),
+    "v3.gpu_hours_context": Fact(119e3, "H800 hours", "V3 Table 1", "VERIFIED"),
+    "v3.gpu_hours_post": Fact(5e3, "H800 hours", "V3 Table 1", "VERIFIED"),
+    "v3.gpu_hours": Fact(2.788e6, "H800 hours", "V3 Table 1", "VERIFIED", "official run only, no earlier research"),
+    "v3.usd_per_gpu_hour": Fact(2, "USD per H800 hour", "V3 Table 1", "VERIFIED", "an assumed rental price"),
+    "v3.usd": Fact(5.576e6, "USD", "V3 Table 1", "VERIFIED"),
+    "r1.gpu_hours": Fact(147e3, "H800 hours", "R1v2 Table 7", "VERIFIED-2"),
+    "r1.usd": Fact(294e3, "USD", "R1v2 Table 7", "VERIFIED-2"),
+    "r1.usd_with_base": Fact(5.87e6, "USD", "V3 Table 1; R1v2 Table 7", "DERIVED"),
+    "r1.gpus": Fact(512, "H800", "R1v2 B.4.4", "VERIFIED"),
+    "r1.sft_samples": Fact(800e3, "samples", "R1v1 §2.3", "VERIFIED"),
+    "r1.aime_zero": Fact(77.9, "AIME 2024 pass@1, R1-Zero", "R1v2 Table 3", "VERIFIED-2", "71.0 in the first version"),
+    "r1.aime_cold_start": Fact(59.0, "AIME 2024 pass@1, Dev1", "R1v2 Table 3", "VERIFIED-2"),
+    "fleet.a100": Fact(10000, "A100 PCIe", "FF", "VERIFIED"),
+    "fleet.a100_rumoured": Fact(50000, "A100", "ART; PRESS", "UNVERIFIABLE", "reports say Hopper mix or H100"),
+    "fleet.a100_usd_per_hour": Fact(1.35, "USD per A100 hour", "ART", "MEMORY", "no page dated January 2025 was found"),
+    "fleet.usd_per_week": Fact(11.34e6, "USD per week", "ART", "DERIVED", "arithmetic on unconfirmed inputs"),
+    "gpt4.a100": Fact(25000, "A100", "PRESS", "VERIFIED-2", "a leak, never confirmed by OpenAI"),
+    # The models it is compared with
+    "llama405b.params": Fact(405e9, "parameters", "L3 §1", "VERIFIED"),
+    "llama405b.recomputed_total": Fact(405.85e9, "parameters", "L3 Table 3", "DERIVED"),
+    "llama405b.tokens": Fact(15.6e12, "tokens", "L3 §1", "VERIFIED", "the model card says 15T+"),
+    "llama405b.flops": Fact(3.8e25, "FLOP", "L3 §1", "VERIFIED"),
+    "llama405b.context": Fact(131072, "tokens", "L3 §3.4.2", "VERIFIED", "printed as 128K"),
+    "llama405b.long_context_tokens": Fact(800e9, "tokens", "L3 §3.4.2", "VERIFIED", "six stages"),
+    "llama405b.kv_bytes": Fact(516096, "bytes per token", "ISCA Table 1", "VERIFIED"),
+    "llama405b.train_gflops": Fact(2448, "GFLOP per token", "ISCA Table 2", "VERIFIED", "counts half the causal attention"),
+    "llama405b.gpu_hours": Fact(30.84e6, "H100 hours", "L3card", "VERIFIED"),
+    "llama70b.gpu_hours": Fact(7.0e6, "H100 hours", "L3card", "VERIFIED"),
+    "llama8b.gpu_hours": Fact(1.46e6, "H100 hours", "L3card", "VERIFIED"),
+    "llama31.gpu_hours": Fact(39.3e6, "H100 hours", "L3card", "VERIFIED", "the 8B, 70B and 405B models together"),
+    "llama405b.gpu_hours_ratio": Fact(11.1, "x V3's GPU hours", "V3 Table 1; L3card", "DERIVED", "H100 against H800"),
+    "qwen72b.kv_bytes": Fact(327680, "bytes per token", "ISCA Table 1", "VERIFIED"),
+    "mixtral8x7b.total_params": Fact(46.7e9, "parameters", "MIX", "VERIFIED-2", "47B in the abstract"),
+    "mixtral8x7b.active_params": Fact(12.9e9, "parameters per token", "MIX", "VERIFIED-2", "13B in the abstract"),
+    "mixtral8x7b.recomputed_total": Fact(46.70e9, "parameters", "TF", "DERIVED"),
+    "mixtral8x7b.recomputed_active": Fact(12.88e9, "parameters per token", "TF", "DERIVED"),
+    "mixtral8x7b.active_fraction": Fact(0.276, "of all parameters", "TF", "DERIVED"),
+    "mixtral8x7b.kv_bytes": Fact(131072, "bytes per token", "TF", "DERIVED"),
+    "mixtral8x22b.total_params": Fact(141e9, "parameters", "MIX", "VERIFIED-2"),
+    "mixtral8x22b.active_params": Fact(39e9, "parameters per token", "MIX", "VERIFIED-2"),
+    "mixtral8x22b.recomputed_total": Fact(140.62e9, "parameters", "MIX", "DERIVED"),
+    "mixtral8x22b.recomputed_active": Fact(39.15e9, "parameters per token", "MIX", "DERIVED"),
+    "mixtral8x22b.active_fraction": Fact(0.278, "of all parameters", "MIX", "DERIVED"),
+    "mixtral8x22b.kv_bytes": Fact(229376, "bytes per token", "MIX", "DERIVED"),
+    # Ablations: validation loss per balance scheme; (baseline, changed) per benchmark
+    "v3.balance_1b": Fact({"sequence-wise": 2.258, "loss-free": 2.253, "batch-wise": 2.253}, "validation loss", "V3 §4.5.3", "VERIFIED"),
+    "v3.balance_3b": Fact({"sequence-wise": 2.085, "loss-free": 2.080, "batch-wise": 2.080}, "validation loss", "V3 §4.5.3", "VERIFIED"),
+}
+
+_BENCHMARKS = ("Pile BPB", "BBH", "MMLU", "DROP", "TriviaQA", "NaturalQ", "HumanEval", "MBPP", "GSM8K", "MATH")
+for _key, _source, _note, _base, _changed in (
+    ("v3.mtp_ablation_small", "V3 Table 4", "15.7B model, 2.4B active, 1.33T tokens; without and with MTP",
+     (0.729, 39.0, 50.0, 39.2, 56.9, 22.7, 20.7, 35.8, 25.4, 10.7), (0.729, 41.4, 53.3, 41.3, 57.7, 22.3, 26.8, 36.8, 31.4, 12.6)),
+    ("v3.mtp_ablation_large", "V3 Table 4", "228.7B model, 20.9B active, 540B tokens; without and with MTP",
+     (0.658, 70.0, 67.5, 68.5, 67.0, 27.2, 44.5, 61.6, 72.3, 38.6), (0.657, 70.7, 66.6, 70.6, 67.3, 28.5, 53.7, 62.2, 74.0, 39.8)),
+    ("v3.loss_free_ablation_small", "V3 Table 5", "1.33T tokens; auxiliary loss against loss-free balancing",
+     (0.727, 37.3, 51.0, 38.1, 58.3, 23.2, 22.0, 36.6, 27.1, 10.9), (0.724, 39.3, 51.8, 39.0, 58.5, 23.4, 22.6, 35.8, 29.6, 11.1)),
+    ("v3.loss_free_ablation_large", "V3 Table 5", "578B tokens; auxiliary loss against loss-free balancing",
+     (0.656, 66.7, 68.3, 67.1, 66.7, 27.1, 40.2, 59.2, 70.7, 37.2), (0.652, 67.9, 67.2, 67.1, 67.7, 28.1, 46.3, 61.2, 74.5, 39.6)),
+):
+    FACTS[_key] = Fact(dict(zip(_BENCHMARKS, zip(_base, _changed, strict=True), strict=True)), "", _source, "VERIFIED", _note)
+
+
+def fact(key: str) -> Fact:
+    """The figure under `key`; an unknown key raises ValueError with the nearest known ones."""
+    if key not in FACTS:
+        near = difflib.get_close_matches(key, FACTS, n=3, cutoff=0.4)
+        raise ValueError(f"no fact {key!r}; nearest: {', '.join(near) or 'none'}")
+    return FACTS[key]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the article says, what is asked of it here, and how the answer came out."""
+
+    letter: str
+    claim: str
+    question: str
+    verdict: str
+    correction: str
+    source: str
+    notebook: str
+
+
+CLAIMS: list[Claim] = [
+    Claim("a", "R1 was made from V3-Base by SFT and RL.", "Which stages does R1 need, and what does each add?",
+          "CORRECT", "Two SFT and two RL stages; the 800K-sample SFT starts again from V3-Base.", "R1v1 §1; R1repo", "09_r1"),
+    Claim("b", "V3 was designed around H100 limits and export controls.", "Which design choices follow from a slower NVLink?",
+          "CORRECT in substance, PARTLY in wording", "The chip designed for is the H800, with NVLink at 400 instead of 900 GB/s.",
+          "ISCA §4.1; V3 §3.2", "07_h800_cluster"),
+    Claim("c", "V3 is an MoE like Mixtral, but more efficient.", "At equal active parameters, what do many small experts change?",
+          "PARTLY", "256 + 1 small experts, top-8, loss-free balance, MLA; 5.6% active against 28%. 'Efficient' needs a metric.",
+          "V3 §2; MIX", "01_mixture_of_experts"),
+    Claim("d", "V3 has 671B parameters, Llama 3.1 has 405B.", "Do both totals come out of the published shapes?",
+          "CORRECT", "37B against 405B are active per token; Hugging Face shows 685B because it adds MTP.",
+          "V3 §4.2; V3repo README; L3 §1", "01_mixture_of_experts"),
+    Claim("e", "Both models use FP8 quantization.", "What does FP8 touch in each model, and when?",
+          "PARTLY (misleading)", "V3 trained in FP8. Llama 405B trained in BF16; FP8 came afterwards, for inference, FFN only.",
+          "V3 §3.3; L3 §6.2", "05_fp8"),
+    Claim("f", "V3 saw 14.8T tokens, Llama 3.1 15T.", "What loss does the same recipe reach on real text at toy size?",
+          "CORRECT (rounded)", "The 405B model saw 15.6T; the tokenizers differ.", "V3 §4.2; L3 §1; L3card", "04_pretraining"),
+    Claim("g", "Both read 128K tokens of context.", "What does the cache cost at 128K, and how is 4K stretched?",
+          "CORRECT", "V3: YaRN and about 126B extra tokens. Llama: six stages and about 800B tokens.",
+          "V3 §4.3; L3 §3.4.2", "06_long_context"),
+    Claim("h", "V3 took 2.788M GPU hours, Llama 39.3M.", "What is the ratio for one model against one model?",
+          "figures CORRECT, comparison WRONG", "39.3M adds up three Llama sizes; the 405B alone took 30.84M, 11.1 times V3, on H100.",
+          "V3 Table 1; L3card", "11_training_cost"),
+    Claim("i", "V3's hours cover the last run; Llama's are cumulative; R1's may be missing.", "What does each published sum contain?",
+          "CORRECT on V3; doubt resolvable", "Cumulative means over model sizes. R1 adds 147K hours, 5.3%, disclosed later.",
+          "V3 §1; L3card; R1v2 B.4.4", "11_training_cost"),
+    Claim("j", "R1 was distilled into smaller dense Llama and Qwen models.", "Does a small dense student gain more from SFT than from RL?",
+          "CORRECT", "Six students, 1.5B to 70B, SFT only, on the 800K samples.", "R1v1 §2.4", "10_distillation"),
+    Claim("k", "R1-Zero had no SFT and read badly; cold start and more stages fixed it.",
+          "What goes wrong without SFT, and which stage cures it?", "CORRECT with nuance",
+          "A language reward curbs mixing at a small cost and R1 still mixes; cold start first lowers AIME, 77.9 to 59.0.",
+          "R1v1 §2.2; R1v2 Table 3", "08_r1_zero"),
+    Claim("l", "V3 learned R1's verification and reflection.", "Does training on R1-style answers change a chat model's habits?",
+          "CORRECT", "The published ablation was run on V2.5, not on V3.", "V3 §5.4.1", "09_r1"),
+    Claim("m", "All training ran on H800s with half the link speed.", "How much slower is the link, and where does it bite?",
+          "PARTLY", "400 / 900 is 44%, inside a node only. A100s served preparatory R1 work; distillation hardware is unstated.",
+          "V3 §3.1; ISCA §4.1; R1v2 B.4.4", "07_h800_cluster"),
+    Claim("n", "5.58M USD is V3's cost; R1's is higher.", "What is added when R1's own stage is counted?",
+          "CORRECT (as cumulative)", "R1's own stage is 294K USD; with the base about 5.87M.",
+          "V3 Table 1; R1v2 Table 7", "11_training_cost"),
+    Claim("o", "DeepSeek owns 50,000 A100s; GPT-4 took 25,000.", "Which fleet sizes can be traced to a document?",
+          "UNVERIFIABLE; A100 label very likely WRONG",
+          "About 10,000 A100s are documented; reports put 50,000 on Hopper chips. GPT-4's figure is a leak.",
+          "FF; PRESS", "11_training_cost"),
+    Claim("p", "50,000 A100s at 1.35 USD cost 11.34M a week; High-Flyer is a hedge fund.",
+          "Does the arithmetic hold, and do its inputs?", "arithmetic CORRECT, premise UNVERIFIABLE; hedge fund CORRECT",
+          "With the 10,000 documented it is 2.27M a week; the price is unconfirmed.", "ART; FF; PRESS", "11_training_cost"),
+]
+
+# As published, without auto_map (remote code) and transformers_version. Where it differs from the paper see v3.train.alpha, .init_std.
+V3_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16",
+    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "moe_layer_freq": 1, "first_k_dense_replace": 3,
+    "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True,
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+    "max_position_embeddings": 163840, "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+                     "mscale": 1.0, "mscale_all_dim": 1.0},
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+def _shape(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+
+
+# name -> (model_type, kwargs) for transformers.AutoConfig.for_model: enough to count parameters and KV bytes, not to load weights.
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3.1 405B": ("llama", _shape(128256, 16384, 53248, 126, 128, 8)),
+    "Mixtral 8x7B": ("mixtral", _shape(32000, 4096, 14336, 32, 32, 8) | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "Mixtral 8x22B": ("mixtral", _shape(32000, 6144, 16384, 56, 48, 8) | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    # KV bytes only: 80 layers, 8 KV heads and head size 128 follow from ISCA Table 1; vocabulary, hidden, FFN, heads are MEMORY.
+    "Qwen2.5 72B": ("qwen2", _shape(152064, 8192, 29568, 80, 64, 8)),
+}
