@@ -4,16 +4,16 @@ import hashlib
 import io
 import json
 import keyword
+import os
+import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 from safetensors import torch as safetensors
@@ -38,10 +38,13 @@ def _is_text(path: Path) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """The running interpreter's library in Python, about 12 MB, sorted: no tests, no installed packages, no file with this machine's paths."""
-    root = Path(sysconfig.get_path("stdlib"))
+    """The running interpreter's own library, 11 MB, sorted; no tests, no installed packages, no file with this machine's paths."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = (p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts) and not p.name.startswith("_sysconfigdata"))
+    skip.add("pydoc_data")  # one generated file of prose, as large as all other validation files together
+    paths = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - skip
+        paths += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
     return sorted(filter(_is_text, paths), key=Path.as_posix)
 
 
@@ -50,7 +53,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def text_files(folder: str | Path) -> list[Path]:
-    """Every file under `folder` that is UTF-8 without NUL, sorted; not hidden or empty ones. ValueError when there is none, or no folder."""
+    """Every file under `folder` that is UTF-8 without NUL, sorted; no hidden or empty ones. ValueError when that leaves none."""
     if paths := sorted(filter(_is_text, _visible_files(Path(folder))), key=Path.as_posix):
         return paths
     raise ValueError(f"no text in {str(folder)!r}: name a folder that holds UTF-8 text files, or None for Python's standard library")
@@ -114,34 +117,31 @@ def _windows(tokens: torch.Tensor, length: int, which: str) -> torch.Tensor:
     return tokens.unfold(0, length, 1)  # a view [windows, length]
 
 
-def _build(documents: dict[str, list[str]], vocab_size: int, cache: Path) -> None:
-    """Train the tokenizer, tokenize both splits, and put the files in place in one step."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.encode_special_tokens = True  # <|end|> written out in a text is text
-    split = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    every_byte = pre_tokenizers.ByteLevel.alphabet()  # so that any text can be spelled
-    rules = {"special_tokens": ["<|end|>"], "initial_alphabet": every_byte, "show_progress": False}
-    tokenizer.train_from_iterator(documents["train"], trainers.BpeTrainer(vocab_size=vocab_size, **rules))
-    ids = {split: [i for text in texts for i in (*tokenizer.encode(text).ids, END)] for split, texts in documents.items()}
-    tokens = safetensors.save({split: torch.tensor(ids[split], dtype=torch.int32) for split in ids})
-    content = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokens.safetensors": tokens}
-    meta = {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache.parent))
-    for name, value in {**content, "meta.json": json.dumps(meta, indent=1).encode()}.items():
-        (temporary / name).write_bytes(value)
-    shutil.rmtree(cache, ignore_errors=True)
-    temporary.rename(cache)
-
-
-def _read(cache: Path) -> tuple[Tokenizer, dict[str, torch.Tensor]]:
-    """Tokenizer and tokens that `_build` kept; OSError, ValueError, KeyError or TypeError when a file is missing or damaged."""
-    meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
-    content = {name: (cache / name).read_bytes() for name in ("tokenizer.json", "tokens.safetensors")}
-    if any(hashlib.sha256(value).hexdigest() != meta[name] for name, value in content.items()):
-        raise ValueError("damaged")
+def _tokenized(documents: dict[str, list[str]], vocab_size: int, cache: Path) -> tuple[Tokenizer, dict[str, torch.Tensor]]:
+    """Tokenizer and tokens of both splits from `cache`, which is first made, in one step, where it is missing or damaged."""
+    try:
+        content = {name: (cache / name).read_bytes() for name in ("tokenizer.json", "tokens.safetensors", "meta.json")}
+        good = json.loads(content.pop("meta.json")) == {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}
+    except (OSError, ValueError):
+        good = False
+    if not good:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.encode_special_tokens = True  # <|end|> written out in a text is text
+        pieces = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+        rules = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        tokenizer.train_from_iterator(documents["train"], trainers.BpeTrainer(vocab_size=vocab_size, **rules))
+        ids = {split: [i for text in texts for i in (*tokenizer.encode(text).ids, END)] for split, texts in documents.items()}
+        tokens = safetensors.save({split: torch.tensor(ids[split], dtype=torch.int32) for split in ids})
+        content = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokens.safetensors": tokens}
+        meta = {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        for name, value in {**content, "meta.json": json.dumps(meta, indent=1).encode()}.items():
+            (temporary / name).write_bytes(value)
+        shutil.rmtree(cache, ignore_errors=True)
+        temporary.rename(cache)
     tokenizer = Tokenizer.from_str(content["tokenizer.json"].decode())
     tokenizer.encode_special_tokens = True  # the json does not keep it
     return tokenizer, safetensors.load(content["tokens.safetensors"])
@@ -163,13 +163,11 @@ def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: in
     root = Path(sysconfig.get_path("stdlib") if folder is None else folder)
     paths = stdlib_files() if folder is None else text_files(root)
     content = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
-    room = sum(map(len, content.values())) if max_bytes is None else max_bytes
-    for path in sorted(content, key=lambda path: store.key(order=path)):
-        if len(content[path]) > room:
-            del content[path]
-        else:
-            room -= len(content[path])
-
+    if max_bytes is not None:
+        for path in sorted(content, key=lambda path: store.key(order=path)):
+            max_bytes -= len(content[path])
+            if max_bytes < 0:
+                max_bytes += len(content.pop(path))
     documents = {"train": [], "valid": []}
     fingerprint = hashlib.sha256()
     for path, text in content.items():
@@ -180,11 +178,7 @@ def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: in
             raise ValueError(f"no {split} file among the {len(content)} of {str(root)!r}: 1 in 12 is for validation, so give a few dozen")
     parts = {"contents": fingerprint.hexdigest(), "vocab_size": vocab_size, "pieces": PIECES, "share": VALID_SHARE}
     cache = store.checkpoint_dir("corpus", **parts, tokenizers=tokenizers.__version__)
-    try:
-        tokenizer, tokens = _read(cache)
-    except (OSError, ValueError, KeyError, TypeError):
-        _build(documents, vocab_size, cache)
-        tokenizer, tokens = _read(cache)
+    tokenizer, tokens = _tokenized(documents, vocab_size, cache)
     fingerprint.update(f"{vocab_size}\0{tokenizer.to_str()}".encode())
     name = "Python {}.{} standard library".format(*sys.version_info) if folder is None else root.resolve().name
     files = {split: len(texts) for split, texts in documents.items()}
@@ -194,29 +188,26 @@ def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: in
 
 
 def token_classes(tokenizer: Tokenizer, source: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of Python source, int64 [n], and for each an index into CLASSES, int64 [n]: of the Python token around its first visible character.
+    """Ids of Python source and, for each, the index in CLASSES of the Python token around its first visible character; both int64 [n].
 
     White space alone is "space"; a backslash that continues a line is "operator". ValueError, with the line, for what is not Python.
     """
-    starts = np.cumsum([0] + [len(line) + 1 for line in source.split("\n")])  # of each line, in characters
-    class_at = np.full(len(source), CLASSES.index("operator"))
+    starts = [0, *(match.end() for match in re.finditer("\n", source))]  # of each line, in characters
+    class_at = torch.full((len(source) + 1,), CLASSES.index("operator"))
+    class_at[-1] = CLASSES.index("space")
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             kind = tokenize.tok_name[token.type].lower()
             if kind == "errortoken":
-                raise tokenize.TokenError(f"unexpected {token.string!r}", token.start)
-            if kind.startswith(("fstring", "tstring")):  # Python 3.12 and 3.14 have tokens for their parts
+                raise tokenize.TokenError(f"cannot read {token.line.strip()!r}", token.start)
+            if kind.startswith(("fstring", "tstring")):  # since Python 3.12 and 3.14 the parts of a string are tokens
                 kind = "string"
-            if keyword.iskeyword(token.string):
-                kind = "keyword"
+            kind = "keyword" if kind == "name" and keyword.iskeyword(token.string) else kind
             if kind in CLASSES:
                 first, last = (starts[row - 1] + column for row, column in (token.start, token.end))
                 class_at[first:last] = CLASSES.index(kind)
     except (tokenize.TokenError, SyntaxError) as error:
         raise ValueError(f"not Python, line {getattr(error, 'lineno', None) or error.args[1][0]}: {error.args[0]}") from error
-    encoding = tokenizer.encode(source)
-    classes = []
-    for first, last in encoding.offsets:  # in characters; the parts of a character that is cut in two have the same offsets
-        visible = last - len(source[first:last].lstrip())
-        classes.append(class_at[visible] if visible < last else CLASSES.index("space"))
-    return torch.tensor(encoding.ids, dtype=torch.long), torch.tensor(classes, dtype=torch.long)
+    encoding = tokenizer.encode(source)  # its offsets count characters; both parts of a character cut in two have that character's
+    visible = [next((i for i in range(*span) if not source[i].isspace()), -1) for span in encoding.offsets]
+    return torch.tensor(encoding.ids, dtype=torch.long), class_at[torch.tensor(visible, dtype=torch.long)]

@@ -1,3 +1,4 @@
+import sys
 import time
 
 import pytest
@@ -34,7 +35,7 @@ def test_stdlib_files_are_sorted_and_without_tests_or_packages():
     paths = data.stdlib_files()
     parts = {part for path in paths for part in path.parts[-3:]}
     assert len(paths) > 300 and len(set(paths)) == len(paths) and "textwrap.py" in parts
-    assert not parts & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "pydoc_data", "__pycache__"}
     assert paths == data.stdlib_files()
 
 
@@ -42,7 +43,8 @@ def test_text_files_skips_binary_hidden_and_empty_ones(tmp_path):
     folder = tmp_path / "texts"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
-    for name, content in {"b/z": b"z", "a.txt": "é".encode(), "nul": b"a\0b", "latin": b"\xe9", "none": b"", ".x": b"x", ".git/y": b"y"}.items():
+    skipped = {"nul": b"a\0b", "latin": b"\xe9", "none": b"", ".x": b"x", ".git/y": b"y"}
+    for name, content in {"b/z": b"z", "a.txt": "é".encode(), **skipped}.items():
         (folder / name).write_bytes(content)
     assert [p.relative_to(folder).as_posix() for p in data.text_files(str(folder))] == ["a.txt", "b/z"]
 
@@ -134,16 +136,18 @@ def test_a_window_longer_than_the_text_is_an_error(stdlib):
 
 
 def same(a, b):
-    return a.hash == b.hash and torch.equal(a.train, b.train) and torch.equal(a.valid, b.valid) and a.encode("x<|end|>") == b.encode("x<|end|>")
+    ids = [corpus.encode("x<|end|>") for corpus in (a, b)]
+    return a.hash == b.hash and torch.equal(a.train, b.train) and torch.equal(a.valid, b.valid) and ids[0] == ids[1]
 
 
 def test_cache_is_read_again_and_a_damaged_one_rebuilt(tmp_path, monkeypatch):
     folder = write_texts(tmp_path / "texts")
     first = data.load(folder, 300)
     (cache,) = store.cache_dir().iterdir()
-    assert cache.name.startswith("corpus-") and sorted(p.name for p in cache.iterdir()) == ["meta.json", "tokenizer.json", "tokens.safetensors"]
+    names = sorted(p.name for p in cache.iterdir())
+    assert cache.name.startswith("corpus-") and names == ["meta.json", "tokenizer.json", "tokens.safetensors"]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_build", None)  # calling it would fail
+        patch.setattr(data.trainers, "BpeTrainer", None)  # training again would fail
         assert same(data.load(folder, 300), first)
     for path in list(cache.iterdir()):
         good = path.read_bytes()
@@ -187,10 +191,13 @@ def test_token_classes_on_real_files(stdlib):
     assert [t.numel() for t in data.token_classes(stdlib.tokenizer, "")] == [0, 0]
 
 
-@pytest.mark.parametrize(("source", "line"), [("x = 1\ny = (\n", "[23]"), ('a\nb = """\n\n', "2"), ("if x:\n    a\n  b\n", "3"), ("a\nb ?\n", "2")])
+NOT_PYTHON = [("x = 1\ny = (\n", "[23]"), ('a\nb = """\n\n', "2"), ("if x:\n    a\n  b\n", "3")]
+if sys.version_info < (3, 12):  # later ones take a stray sign for an operator
+    NOT_PYTHON.append(("a\nb ?\n", "2"))
+
+
+@pytest.mark.parametrize(("source", "line"), NOT_PYTHON)
 def test_token_classes_names_the_line_that_is_not_python(stdlib, source, line):
-    if "?" in source and not hasattr(data.tokenize, "ERRORTOKEN"):
-        pytest.skip("this Python takes a stray sign for an operator")
     with pytest.raises(ValueError, match=f"line {line}"):
         data.token_classes(stdlib.tokenizer, source)
 
