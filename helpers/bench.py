@@ -86,16 +86,17 @@ def against_transformers(config: V3Config, repeats: int, new_tokens: int, device
         model.generate(ids, max_new_tokens=new_tokens, **more)
 
     greedy = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-    rows, batch = [], torch.randint(1, config.vocab_size, (16, 257), device=device)
-    long = batch[:, :256].reshape(4, 1024) if config.max_position_embeddings >= 1024 else batch[:, :256]
-    work = [("training (fwd+bwd+step), 16 x 256", batch[:, 1:].numel(), repeats,
-             jobs_for(training_step(ours, ours, batch), training_step(theirs, logits, batch))),
-            (f"prefill, {long.shape[0]} x {long.shape[1]}", long.numel(), repeats,
-             jobs_for(lambda: prefill(ours, ours, long), lambda: prefill(theirs, logits, long)))]
-    for size in (1, 64):
-        ids = torch.randint(1, config.vocab_size, (size, 64), device=device)
+    rows, work = [], []
+    for size, length in ((16, 256), (4, 1024)):
+        ids = torch.randint(1, config.vocab_size, (size, length + 1), device=device)
+        work.append((f"training (fwd+bwd+step), {size} x {length}", size * length, repeats,
+                     jobs_for(training_step(ours, ours, ids), training_step(theirs, logits, ids))))
+    ids = torch.randint(1, config.vocab_size, (4, 1024), device=device)
+    work.append(("prefill, 4 x 1024", ids.numel(), repeats, jobs_for(lambda ids=ids: prefill(ours, ours, ids), lambda ids=ids: prefill(theirs, logits, ids))))
+    for size, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
+        ids = torch.randint(1, config.vocab_size, (size, prompt), device=device)
         other = dict(greedy, attention_mask=torch.ones_like(ids))
-        work.append((f"decode, batch {size}, 64 + {new_tokens} tokens", size * new_tokens, max(3, repeats // 2),
+        work.append((f"decode, batch {size}, {prompt} + {new_tokens} tokens", size * new_tokens, max(3, repeats // 2),
                      jobs_for(lambda ids=ids: decode(ours, ids), lambda ids=ids, other=other: decode(theirs, ids, **other))))
     for name, tokens, turns, jobs in work:
         seconds = interleaved(jobs, turns)

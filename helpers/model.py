@@ -198,12 +198,10 @@ def rope_frequencies(config: V3Config) -> tuple[Tensor, float, float]:
     return freq, turn_scale, softmax_scale * (mscale(whole) ** 2 if whole else 1.0)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved RoPE: x [..., dr] holds pairs (x0, x1), (x2, x3), ...; cos and sin [..., dr/2]. Result: first members, then second ones.
-
-    Queries and keys are laid out alike, so their dot product does not see the new order."""
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Interleaved RoPE: the pairs (x0, x1), (x2, x3), ... of x [..., dr] are complex numbers; turn [..., dr/2] multiplies them."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------- multi-head latent attention (2.1.1)
@@ -249,22 +247,22 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(h * dv, H, bias=False)
         self.softmax_scale = rope_frequencies(config)[2]
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, H] -> q_nope [B, T, h, dn], rotated q_rope [B, T, h, dr], latent [B, T, c + dr] (all that is ever cached)."""
-        cfg, (cos, sin) = self.config, rope
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, H], rope [T, dr/2] -> q_nope [B, T, h, dn], rotated q_rope [B, T, h, dr], latent [B, T, c + dr] (all that is cached)."""
+        cfg, h = self.config, self.config.num_attention_heads
         q = self.q_proj(x) if cfg.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (cfg.num_attention_heads, -1))
-        q_nope, q_rope = q.split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (h, -1)).split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), dim=-1)
         kv, k_rope = self.kv_a_proj_with_mqa(x).split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), dim=-1)
-        latent = torch.cat((self.kv_a_layernorm(kv), rotate(k_rope, cos, sin)), dim=-1)
-        return q_nope, rotate(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2)), latent
+        turned = rotate(torch.cat((q_rope, k_rope.unsqueeze(-2)), dim=-2), rope.unsqueeze(-2))  # the heads' queries and the one shared key
+        q_rope, k_rope = turned.split((h, 1), dim=-2)
+        return q_nope, q_rope, torch.cat((self.kv_a_layernorm(kv), k_rope.squeeze(-2)), dim=-1)
 
     def naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """Keys and values of every head written out, then ordinary causal attention: T * S of the latent's S rows. -> [B, T, h, dv]."""
         cfg, (B, S, _) = self.config, latent.shape
-        kv = self.kv_b_proj(latent[..., : cfg.kv_lora_rank]).unflatten(-1, (cfg.num_attention_heads, -1))
-        k_nope, v = kv.split((cfg.qk_nope_head_dim, cfg.v_head_dim), dim=-1)
-        k_rope = latent[..., None, cfg.kv_lora_rank :].expand(B, S, cfg.num_attention_heads, -1)
+        kv, k_rope = latent.split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), dim=-1)
+        k_nope, v = self.kv_b_proj(kv).unflatten(-1, (cfg.num_attention_heads, -1)).split((cfg.qk_nope_head_dim, cfg.v_head_dim), dim=-1)
+        k_rope = k_rope.unsqueeze(-2).expand(B, S, cfg.num_attention_heads, -1)
         q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope.to(k_nope.dtype)), dim=-1)
         v = F.pad(v, (0, q.shape[-1] - cfg.v_head_dim))  # equal widths keep the fast kernel: 1.5x on a CPU at these sizes
         q, k, v = q.to(v.dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -282,14 +280,17 @@ class MLA(nn.Module):
         up = self.kv_b_proj.weight.view(h, -1, c)
         w_uk, w_uv = up.split((cfg.qk_nope_head_dim, cfg.v_head_dim), dim=1)  # [h, dn, c], [h, dv, c]
         q = torch.matmul(q_nope.reshape(B * T, h, -1).transpose(0, 1), w_uk).transpose(0, 1).view(B, T, h, c)
-        q = torch.cat((q, q_rope), dim=-1).view(B, 1, T * h, -1)
-        keys = latent.unsqueeze(1)
-        mask = None if mask is None else mask.repeat_interleave(h, dim=0)
-        out = F.scaled_dot_product_attention(q, keys, keys, attn_mask=mask, scale=self.softmax_scale)[..., :c]
+        q = torch.cat((q, q_rope), dim=-1).view(B, T * h, -1)
+        if T == 1:  # one query: written out, since the fused kernel is 3x slower here on a CPU at batch 64
+            out = torch.bmm((torch.bmm(q, latent.transpose(1, 2)) * self.softmax_scale).softmax(dim=-1), latent[..., :c])
+        else:
+            mask = None if mask is None else mask.repeat_interleave(h, dim=0)
+            q, keys = q.unsqueeze(1), latent.unsqueeze(1)
+            out = F.scaled_dot_product_attention(q, keys, keys, attn_mask=mask, scale=self.softmax_scale)[..., :c]
         out = torch.matmul(out.reshape(B * T, h, c).transpose(0, 1), w_uv.transpose(1, 2))
         return out.transpose(0, 1).reshape(B, T, h, -1)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: LatentCache | None = None, layer: int = 0) -> Tensor:
         """x [B, T, H] -> [B, T, H]. With a cache the T tokens come after the `cache.length` that it holds, and are written to it."""
         q_nope, q_rope, latent = self.project(x, rope)
         if cache is None or cache.length == 0:
@@ -469,7 +470,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: LatentCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -486,7 +487,7 @@ class MTP(nn.Module):
         self.block = Block(config, dense=False)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # `shared_head.norm` in the files
 
-    def forward(self, hidden: Tensor, embedded: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, rope: Tensor, cache: LatentCache | None = None) -> Tensor:
         """hidden [B, T, H] of position i, embedded [B, T, H] of token i + k -> state [B, T, H] that predicts token i + k + 1."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))  # the embedding half comes first, as in the files
         return self.norm(self.block(x, rope, cache))
@@ -518,10 +519,10 @@ class DeepSeekV3(nn.Module):
                 if parameter.dim() > 1:  # norms stay 1; everything else is N(0, initializer_range) as in V3 section 4.2
                     parameter.normal_(0.0, config.initializer_range)
 
-    def rope(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, dr/2] for positions start, start + 1, ..."""
+    def rope(self, start: int, length: int) -> Tensor:
+        """Turns [length, dr/2] of positions start, start + 1, ... as complex numbers, for `rotate`."""
         angle = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)[:, None] * self.inv_freq
-        return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
+        return torch.polar(torch.full_like(angle, self.rope_scale), angle)
 
     def routers(self) -> list[Router]:
         """The gates of all MoE layers in order, those of MTP last."""
