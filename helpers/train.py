@@ -1,0 +1,267 @@
+"""The pre-training loop: V3's AdamW, schedule, clipping, bias update and MTP weights, scaled to a short run; exact stop and resume.
+
+`python -m helpers.train --help` runs it from a shell; `run` is what the notebooks call.
+"""
+import argparse
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from helpers import checkpoint, data, store
+from helpers.model import DeepSeekV3, V3Config
+
+# V3 section 4.2, in trillions of tokens: constant to 10, cosine to a tenth at 14.3, constant to 14.633, the rest at 7.3e-6 / 2.2e-4
+TOTAL, CONSTANT, COSINE, LOW = 14.8, 10.0, 14.3, 14.633
+History = dict[str, Any]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not a finite number any more. The message has the step, the last good checkpoint and what to try."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Tokens = steps * batch_size * length. Values of V3 (section 4.2) where they carry over; lr and gamma fit short runs."""
+
+    steps: int = 400
+    batch_size: int = 16
+    length: int = 256
+    lr: float = 3e-3
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    gamma: float = 0.003  # bias update speed; V3: 0.001 over 235,000 steps, 0 for the last 500B tokens
+    alpha: float = 1e-4  # balance loss
+    mtp_lambda: float = 0.3  # until the constant phase ends
+    mtp_lambda_last: float = 0.1
+    valid_every: int = 50
+    valid_sequences: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0 or (f.type is int and type(value) is not int):
+                raise ValueError(f"{f.name}={value!r} cannot work: it must be a{'n integer' if f.type is int else ' number'} of at least 0")
+        for name in ("steps", "batch_size", "length", "valid_every", "valid_sequences"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 cannot work: it must be at least 1")
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Learning rate of `step` (from 0): linear warm-up, constant, cosine to a tenth, then two constants (V3 section 4.2)."""
+    peak, low, done = settings.lr, settings.lr / 10, step / settings.steps * TOTAL
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    if done < CONSTANT:
+        return peak
+    if done < COSINE:
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (done - CONSTANT) / (COSINE - CONSTANT)))
+    return low if done < LOW else peak * 7.3e-6 / 2.2e-4
+
+
+def losses(model: DeepSeekV3, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [B, T+1] -> cross-entropy of the next token, mean cross-entropy of the MTP depths, sum of the layers' balance losses."""
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    hidden = model.hidden(ids)
+    main = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+    further = [F.cross_entropy(logits.flatten(0, 1), targets[:, k:].flatten())
+               for k, logits in enumerate(model.predict_further(hidden, ids), start=1)]
+    mtp = torch.stack(further).mean() if further else main.new_zeros(())  # V3 eq. 25: the mean over depths
+    balance = sum((router.balance_loss for router in model.routers()), start=main.new_zeros(()))
+    return main, mtp, balance
+
+
+@torch.no_grad()
+def evaluate(model: DeepSeekV3, tokens: Tensor, batch_size: int = 16) -> float:
+    """Mean cross-entropy of the next token in nats, over tokens [n, T+1]; the model's mode and loads stay as they were."""
+    was, device = model.training, model.lm_head.weight.device
+    model.eval()
+    total = 0.0
+    for part in tokens.to(device).split(batch_size):
+        total += F.cross_entropy(model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item()
+    model.train(was)
+    return total / tokens[:, 1:].numel()
+
+
+def max_violation(load: Tensor) -> float:
+    """How far the busiest expert lies above the mean: max / mean - 1 (arXiv:2408.15664). load [E], tokens per expert."""
+    return (load.max() / load.mean().clamp(min=1e-9) - 1).item()
+
+
+@contextmanager
+def _stop_after_step() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C (or Jupyter's stop) into a flag that is read between steps, so that no step is done by half; a second one acts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _optimizer(model: DeepSeekV3, settings: Settings) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _save(model: DeepSeekV3, optimizer: torch.optim.AdamW, state: dict[str, Any], corpus: data.Corpus, folder: Path) -> Path:
+    extra = {f"{name}.{kind}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()}
+    return checkpoint.save(model, folder, extra, state, files={"tokenizer.json": corpus.tokenizer.to_str()})
+
+
+def _resume(model: DeepSeekV3, optimizer: torch.optim.AdamW, identity: dict[str, Any], folder: Path) -> tuple[int, History]:
+    """Put the newest checkpoint into model and optimizer; -> steps done, history. ValueError when it belongs to another run."""
+    extra, state = checkpoint.load_training(folder)
+    for part, value in identity.items():
+        if state.get(part) != json.loads(json.dumps(value)):
+            raise ValueError(f"the checkpoint in {folder.name} was made with another {part}: go on with that one, or choose another folder")
+    model.load_state_dict(checkpoint.load(folder).state_dict())
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {kind: extra[f"{name}.{kind}"].to(p.device if kind != "step" else "cpu") for kind in ("step", "exp_avg", "exp_avg_sq")}
+    return state["step"], state["history"]
+
+
+def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: str | Path | None = None, save_every: int = 100,
+          label: str = "training") -> History:
+    """Train `model` in place; with a `folder`, save there and go on from what it holds, to the same bits as a run never stopped.
+
+    The history has one entry per step (loss, mtp_loss, lr, max_violation as the mean over MoE layers) and snapshots every
+    `valid_every` steps and at the end (valid_step, valid_loss in nats per token, load and bias [layers][E]), and seconds of training.
+    Ctrl-C or Jupyter's stop ends after the step at hand, saves, says how to go on and raises KeyboardInterrupt.
+    ValueError: a folder of another run, a text too short, a vocabulary too large. TrainingDiverged: a loss that is not finite.
+    """
+    if corpus.vocab_size > model.config.vocab_size:
+        raise ValueError(f"vocab_size={model.config.vocab_size} is too small for a corpus of {corpus.vocab_size} tokens")
+    device = model.lm_head.weight.device
+    identity = {"config": asdict(model.config), "settings": asdict(settings), "corpus": corpus.hash}
+    optimizer, folder, start = _optimizer(model, settings), Path(folder) if folder else None, 0
+    history: History = {name: [] for name in ("loss", "mtp_loss", "lr", "max_violation", "valid_step", "valid_loss", "load", "bias")}
+    history["seconds"] = 0.0
+    if folder and (folder / "latest").exists():
+        start, history = _resume(model, optimizer, identity, folder)
+    valid = corpus.valid_batch(settings.valid_sequences, settings.length + 1)
+    routers, saved, last_good = model.routers(), start, start
+    model.train()
+    tokens_per_step = settings.batch_size * settings.length
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if folder and step != saved:
+            _save(model, optimizer, identity | {"step": step, "history": history}, corpus, folder)
+            saved = step
+
+    with _stop_after_step() as stop, tqdm(total=settings.steps, initial=start, desc=label, unit="step", disable=start == settings.steps) as bar:
+        for step in range(start, settings.steps):
+            began = time.perf_counter()
+            done = step / settings.steps * TOTAL
+            rate = learning_rate(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            tokens = corpus.batch(step, settings.seed, settings.batch_size, settings.length + 1).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                main, mtp, balance = losses(model, tokens)
+                weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
+                loss = main + weight * mtp + settings.alpha * balance
+            if not math.isfinite(loss.item()):
+                save(last_good)  # the model still has the weights of the last good step
+                where = f"its state is saved in {folder}" if folder else "the model keeps its state"
+                raise TrainingDiverged(f"loss is {loss.item()} at step {step}; step {last_good} was good, {where}. Try a lower lr "
+                                       f"(now {settings.lr:g}), more warmup_steps (now {settings.warmup_steps}) or a smaller initializer_range")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            optimizer.step()
+            last_good, last = step + 1, step + 1 == settings.steps
+            history["loss"].append(main.item())
+            history["mtp_loss"].append(mtp.item())
+            history["lr"].append(rate)
+            violations = [max_violation(router.load) for router in routers]
+            history["max_violation"].append(sum(violations) / max(len(violations), 1))
+            snapshot = last or (step + 1) % settings.valid_every == 0
+            if snapshot:
+                history["load"].append([router.load.tolist() for router in routers])
+                history["bias"].append([router.e_score_correction_bias.tolist() for router in routers])
+            for router in routers:
+                router.update_bias(settings.gamma if done < COSINE else 0.0)
+            took = time.perf_counter() - began
+            history["seconds"] += took
+            if snapshot:
+                history["valid_step"].append(step + 1)
+                history["valid_loss"].append(evaluate(model, valid))
+            bar.update()
+            bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", tokens_per_s=f"{tokens_per_step / took:,.0f}", refresh=False)
+            if last or (step + 1) % save_every == 0:
+                save(step + 1)
+            if stop.is_set() and not last:
+                save(step + 1)
+                kept = f"saved in {folder.name}; the same call goes on from there" if folder else "the model keeps what it has learnt"
+                print(f"stopped after step {step + 1} of {settings.steps}: {kept}")
+                raise KeyboardInterrupt
+    model.eval()
+    return history
+
+
+def run(config: V3Config, corpus: data.Corpus, settings: Settings, label: str) -> tuple[DeepSeekV3, History]:
+    """A model drawn from `settings.seed` and trained, or the finished or half-finished one of exactly this config, corpus and settings."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = DeepSeekV3(config).to(device)
+    folder = store.checkpoint_dir(label.replace(" ", "-").lower(), config=config, settings=settings, corpus=corpus.hash)
+    return model, train(model, corpus, settings, folder, label=label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for checkpoints; a run found there is gone on with")
+    parser.add_argument("--text", help="folder of text files (default: Python's standard library)")
+    parser.add_argument("--config", help="a config.json with DeepSeek-V3's field names (default: V3Config.tiny())")
+    parser.add_argument("--max-bytes", type=int, help="use only so much of the text")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    for f in fields(Settings):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default)
+    args = vars(parser.parse_args())
+    try:
+        settings = Settings(**{f.name: args[f.name] for f in fields(Settings)})
+        config = V3Config.from_hf(json.loads(Path(args["config"]).read_text())) if args["config"] else V3Config.tiny()
+        corpus = data.load(args["text"], config.vocab_size, args["max_bytes"])
+        torch.manual_seed(settings.seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        history = train(DeepSeekV3(config).to(device), corpus, settings, args["out"], args["save_every"])
+    except (ValueError, OSError, TrainingDiverged) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    loss = history["valid_loss"][-1]
+    print(f"validation loss {loss:.4f} nats per token, {loss / math.log(2) / corpus.bytes_per_token:.4f} bits per byte, "
+          f"{history['seconds']:.0f} s; checkpoint in {checkpoint.resolve(args['out'])}")
+
+
+if __name__ == "__main__":
+    main()
