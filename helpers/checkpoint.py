@@ -5,6 +5,7 @@ any moment leaves the old checkpoint or the new one. `folder/latest` is what tra
 """
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -82,8 +83,10 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
     tokenizer). Weights keep their dtype. A folder that holds something else than checkpoints is a ValueError.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and (folder / "config.json").exists()):
-        raise ValueError(f"{folder} is not a folder of ours to write checkpoints into: choose a new or empty one")
+    inside = [p.name for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else [folder.name] * folder.exists()
+    foreign = [name for name in inside if not re.fullmatch(r"latest|checkpoint-\d{6,}", name)]
+    if foreign:
+        raise ValueError(f"{folder} holds {foreign[0]}, which is no checkpoint of ours: choose a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
     new = folder / f"checkpoint-{max(numbers, default=0) + 1:06d}"
@@ -152,7 +155,7 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing in {path.parent}: the checkpoint is not whole, take another copy") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}): take another copy") from None
 
 
@@ -174,7 +177,7 @@ def _weight_files(folder: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of names to files: take another copy")
-    outside = [f for f in weight_map.values() if Path(f).name != f]
+    outside = [f for f in weight_map.values() if Path(f).name != f or f in ("", "..")]
     if outside:
         raise CheckpointError(f"{INDEX} points outside its folder: {outside[0]!r}")
     handles = {file: _open(folder / file) for file in sorted(set(weight_map.values()))}

@@ -68,10 +68,10 @@ class V3Config:
                 low = 0 if f.name in may_be_zero else 1
                 need(type(value) is int and value >= low, f.name, f"it must be an integer of at least {low}")
             elif f.type is float:
-                ok = type(value) in (int, float) and math.isfinite(value) and value > 0
-                need(ok, f.name, "it must be a finite number above 0")
+                need(type(value) in (int, float) and 0 < value <= 1e308, f.name, "it must be a finite number above 0")
             elif f.type is bool:
                 need(type(value) is bool, f.name, "it must be true or false")
+        need(self.rope_theta > 1, "rope_theta", "it must be above 1, so that the pairs turn at different speeds")
         need(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
         need(self.first_k_dense_replace <= self.num_hidden_layers, "first_k_dense_replace", f"num_hidden_layers is {self.num_hidden_layers}")
         need(self.n_routed_experts % self.n_group == 0, "n_group", f"it must divide n_routed_experts={self.n_routed_experts}")
@@ -93,8 +93,8 @@ class V3Config:
         known = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
         for name in known:
             value = scaling.get(name)
-            number = type(value) in (int, float) and math.isfinite(value)
-            need(value is None or number and value >= 0, "rope_scaling", f"{name} must be a number of at least 0")
+            number = type(value) in (int, float) and 0 <= value <= 1e308
+            need(value is None or number, "rope_scaling", f"{name} must be a number of at least 0")
         need(bool(scaling.get("original_max_position_embeddings")), "rope_scaling", "original_max_position_embeddings is missing")
         need((scaling.get("factor") or 1) >= 1, "rope_scaling", "factor must be at least 1")
         fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
@@ -189,7 +189,7 @@ def rope_frequencies(config: V3Config) -> tuple[Tensor, float, float]:
 
     low = max(math.floor(dimension(scaling.get("beta_fast") or 32)), 0)
     high = min(math.ceil(dimension(scaling.get("beta_slow") or 1)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
     freq = freq * (1 - ramp) + freq / factor * ramp
     part, whole = scaling.get("mscale"), scaling.get("mscale_all_dim")
     turn_scale = scaling.get("attention_factor")
@@ -264,7 +264,7 @@ class MLA(nn.Module):
         k_nope, v = self.kv_b_proj(kv).unflatten(-1, (cfg.num_attention_heads, -1)).split((cfg.qk_nope_head_dim, cfg.v_head_dim), dim=-1)
         k_rope = k_rope.unsqueeze(-2).expand(B, S, cfg.num_attention_heads, -1)
         q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope.to(k_nope.dtype)), dim=-1)
-        v = F.pad(v, (0, q.shape[-1] - cfg.v_head_dim))  # equal widths keep the fast kernel: 1.5x on a CPU at these sizes
+        v = F.pad(v, (0, max(q.shape[-1] - cfg.v_head_dim, 0)))  # equal widths keep the fast kernel: 1.5x on a CPU at these sizes
         q, k, v = q.to(v.dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         return out.transpose(1, 2)[..., : cfg.v_head_dim]
@@ -501,6 +501,11 @@ class Speculation(NamedTuple):
     accepted: int
 
 
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be whole numbers of shape [batch, tokens > 0], not {input_ids.dtype} {list(input_ids.shape)}")
+
+
 class DeepSeekV3(nn.Module):
     """The whole model: `model(input_ids [B, T]) -> logits [B, T, V]`."""
 
@@ -530,8 +535,7 @@ class DeepSeekV3(nn.Module):
 
     def hidden(self, input_ids: Tensor, cache: LatentCache | None = None) -> Tensor:
         """input_ids [B, T] -> last hidden state after the final norm [B, T, H]. ValueError for a wrong shape or too long a text."""
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be whole numbers of shape [batch, tokens > 0], not {input_ids.dtype} {list(input_ids.shape)}")
+        _check_ids(input_ids)
         start, T = (cache.length if cache else 0), input_ids.shape[1]
         self._check_length(start + T)
         x, rope = self.embed_tokens(input_ids), self.rope(start, T)
@@ -560,6 +564,7 @@ class DeepSeekV3(nn.Module):
                              "shorten the prompt, ask for fewer tokens, or extend the context with YaRN")
 
     def _start(self, input_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+        _check_ids(input_ids)
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
             raise ValueError(f"input_ids must lie in 0..{self.config.vocab_size - 1} (vocab_size={self.config.vocab_size})")
         if max_new_tokens < 0 or not math.isfinite(temperature) or temperature < 0:

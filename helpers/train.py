@@ -158,6 +158,8 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
     """
     if corpus.vocab_size > model.config.vocab_size:
         raise ValueError(f"vocab_size={model.config.vocab_size} is too small for a corpus of {corpus.vocab_size} tokens")
+    if settings.length <= model.config.num_nextn_predict_layers:
+        raise ValueError(f"length={settings.length} is too short for num_nextn_predict_layers={model.config.num_nextn_predict_layers}")
     device = model.lm_head.weight.device
     identity = {"config": asdict(model.config), "settings": asdict(settings), "corpus": corpus.hash}
     optimizer, folder, start = _optimizer(model, settings), Path(folder) if folder else None, 0
@@ -166,7 +168,9 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
     if folder and (folder / "latest").exists():
         start, history = _resume(model, optimizer, identity, folder)
     valid = corpus.valid_batch(settings.valid_sequences, settings.length + 1)
-    routers, saved, last_good = model.routers(), start, start
+    routers, saved = model.routers(), start
+    for router in routers:
+        router.load.zero_()  # of a step that was cut off
     model.train()
     tokens_per_step = settings.batch_size * settings.length
 
@@ -175,6 +179,11 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
         if folder and step != saved:
             _save(model, optimizer, identity | {"step": step, "history": history}, corpus, folder)
             saved = step
+
+    def diverged(value: float, step: int) -> None:
+        kept = f"the checkpoint of step {saved} is in {folder}" if folder and saved else "no checkpoint was saved before it"
+        raise TrainingDiverged(f"loss is {value} at step {step}; {kept}. Try a lower lr (now {settings.lr:g}), more warmup_steps "
+                               f"(now {settings.warmup_steps}) or a smaller initializer_range")
 
     with _stop_after_step() as stop, tqdm(total=settings.steps, initial=start, desc=label, unit="step", disable=start == settings.steps) as bar:
         for step in range(start, settings.steps):
@@ -189,15 +198,14 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
                 weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
                 loss = main + weight * mtp + settings.alpha * balance
             if not math.isfinite(loss.item()):
-                save(last_good)  # the model still has the weights of the last good step
-                where = f"its state is saved in {folder}" if folder else "the model keeps its state"
-                raise TrainingDiverged(f"loss is {loss.item()} at step {step}; step {last_good} was good, {where}. Try a lower lr "
-                                       f"(now {settings.lr:g}), more warmup_steps (now {settings.warmup_steps}) or a smaller initializer_range")
+                diverged(loss.item(), step)
+            if step % save_every == 0:  # only now is it known that the weights of the step before are good
+                save(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
             optimizer.step()
-            last_good, last = step + 1, step + 1 == settings.steps
+            last = step + 1 == settings.steps
             history["loss"].append(main.item())
             history["mtp_loss"].append(mtp.item())
             history["lr"].append(rate)
@@ -216,7 +224,9 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
                 history["valid_loss"].append(evaluate(model, valid))
             bar.update()
             bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", tokens_per_s=f"{tokens_per_step / took:,.0f}", refresh=False)
-            if last or (step + 1) % save_every == 0:
+            if last:
+                if not math.isfinite(history["valid_loss"][-1]):
+                    diverged(history["valid_loss"][-1], step + 1)
                 save(step + 1)
             if stop.is_set() and not last:
                 save(step + 1)
