@@ -81,27 +81,30 @@ def against_transformers(config: V3Config, repeats: int, new_tokens: int, device
         model.eval()
         call(ids)
 
-    def decode(model: torch.nn.Module, ids: torch.Tensor, **more: object) -> None:
+    def decode(model: torch.nn.Module, ids: torch.Tensor, tokens: int, **more: object) -> None:
         model.eval()
-        model.generate(ids, max_new_tokens=new_tokens, **more)
+        model.generate(ids, max_new_tokens=tokens, **more)
 
-    greedy = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-    rows, work = [], []
-    for size, length in ((16, 256), (4, 1024)):
-        ids = torch.randint(1, config.vocab_size, (size, length + 1), device=device)
-        work.append((f"training (fwd+bwd+step), {size} x {length}", size * length, repeats,
-                     jobs_for(training_step(ours, ours, ids), training_step(theirs, logits, ids))))
-    ids = torch.randint(1, config.vocab_size, (4, 1024), device=device)
-    work.append(("prefill, 4 x 1024", ids.numel(), repeats, jobs_for(lambda ids=ids: prefill(ours, ours, ids), lambda ids=ids: prefill(theirs, logits, ids))))
-    for size, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
-        ids = torch.randint(1, config.vocab_size, (size, prompt), device=device)
-        other = dict(greedy, attention_mask=torch.ones_like(ids))
-        work.append((f"decode, batch {size}, {prompt} + {new_tokens} tokens", size * new_tokens, max(3, repeats // 2),
-                     jobs_for(lambda ids=ids: decode(ours, ids), lambda ids=ids, other=other: decode(theirs, ids, **other))))
-    for name, tokens, turns, jobs in work:
-        seconds = interleaved(jobs, turns)
+    rows = []
+
+    def row(name: str, tokens: int, seconds: dict[str, float]) -> None:
         best = min(IMPLEMENTATIONS, key=lambda i: seconds[i])
         rows.append((name, tokens / seconds["ours"], tokens / seconds[best], best))
+
+    for size, length in ((16, 256), (4, 1024)):
+        ids = torch.randint(1, config.vocab_size, (size, length + 1), device=device)
+        jobs = jobs_for(training_step(ours, ours, ids), training_step(theirs, logits, ids))
+        row(f"training (fwd+bwd+step), {size} x {length}", size * length, interleaved(jobs, repeats))
+    ids = torch.randint(1, config.vocab_size, (4, 1024), device=device)
+    jobs = jobs_for(lambda: prefill(ours, ours, ids), lambda: prefill(theirs, logits, ids))
+    row("prefill, 4 x 1024", ids.numel(), interleaved(jobs, repeats))
+    for size, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
+        ids = torch.randint(1, config.vocab_size, (size, prompt), device=device)
+        more = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
+        seconds = [interleaved(jobs_for(lambda n=n, ids=ids: decode(ours, ids, n), lambda n=n, ids=ids, more=more: decode(theirs, ids, n, **more)),
+                               max(3, repeats // 2)) for n in (1, new_tokens)]
+        alone = {name: seconds[1][name] - seconds[0][name] for name in seconds[0]}  # without the prompt, which both runs pay
+        row(f"decode, batch {size}, after {prompt} tokens", size * (new_tokens - 1), alone)
     return rows
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.model import DeepSeekV3, V3Config
+from helpers.model import DeepSeekV3, V3Config, rope_frequencies
 
 INDEX = "model.safetensors.index.json"
 
@@ -106,7 +106,8 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
         save_file({name: t.clone() for name, t in shard.items()}, part / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     _write_json(part / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
-    _write_json(part / "config.json", model.config.to_hf())
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    _write_json(part / "config.json", model.config.to_hf() | {"torch_dtype": dtype})
     if extra:
         save_file({name: t.contiguous() for name, t in extra.items()}, part / "training.safetensors")
     if state is not None:
@@ -207,18 +208,23 @@ def load(folder: str | Path) -> DeepSeekV3:
     N = config.num_hidden_layers
     if config.num_nextn_predict_layers and not any(name.startswith(f"model.layers.{N}.") for name in files):
         config = config.with_(num_nextn_predict_layers=0)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are all overwritten: leave the caller's random numbers alone
-        model = DeepSeekV3(config).eval()
-    parts, copies = dict(_parts(model)), _copies(model)
-    for missing in sorted(set(parts) - set(files)):
+    with torch.device("meta"):  # names and shapes first: nothing is allocated for files that do not fit
+        model = DeepSeekV3(config)
+    shapes, copies = {name: target.shape for name, target in _parts(model)}, _copies(model)
+    for missing in sorted(set(shapes) - set(files))[:1]:
         raise CheckpointError(f"tensor {missing} is missing: the files do not fit their config.json")
-    for extra in sorted(set(files) - set(parts) - set(copies)):
+    for extra in sorted(set(files) - set(shapes) - set(copies))[:1]:
         raise CheckpointError(f"tensor {extra} is extra: config.json has no place for it")
-    for name, target in parts.items():
-        target.copy_(_tensor(files[name], name, target.shape))
+    tensors = {name: _tensor(files[name], name, shape) for name, shape in shapes.items()}
     for name, source in copies.items():
-        if name in files and not torch.equal(_tensor(files[name], name, parts[source].shape).to(torch.float32), parts[source]):
+        if name in files and not torch.equal(_tensor(files[name], name, shapes[source]), tensors[source]):
             raise CheckpointError(f"tensor {name} differs from {source}: MTP shares its embedding and head with the model")
+    model = model.to_empty(device="cpu").eval()
+    model.inv_freq.copy_(rope_frequencies(config)[0])
+    for router in model.routers():
+        router.load.zero_()
+    for name, target in _parts(model):
+        target.copy_(tensors[name])
     return model
 
 

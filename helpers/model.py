@@ -5,6 +5,7 @@ E routed experts, K of them per token, f = moe_intermediate_size, V vocabulary, 
 """
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 # Fields of a config.json that would change what is computed, with the only values that this model computes.
 _ONLY = {
-    "model_type": ("deepseek_v3",), "hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0, None), "mlp_bias": (False,),
-    "moe_layer_freq": (1,), "topk_method": ("noaux_tc",), "tie_word_embeddings": (False,), "rope_interleave": (True,),
+    "model_type": ("deepseek_v3", "deepseek_v3_softmax"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "attention_dropout": (0, None), "moe_layer_freq": (1,), "topk_method": ("noaux_tc",), "tie_word_embeddings": (False,), "rope_interleave": (True,),
     "sliding_window": (None,), "mtp_hidden_states_first": (False,),
 }
 
@@ -152,8 +153,10 @@ class V3Config:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that `from_hf` and transformers read."""
-        same = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "float32", "hidden_act": "silu",
+        """The config.json that `from_hf` and transformers read. transformers passes `scoring_func` over and computes sigmoid gates, so a
+        softmax model gets a `model_type` that it does not know: better refused than read wrongly."""
+        kind = "deepseek_v3" if self.scoring_func == "sigmoid" else "deepseek_v3_softmax"
+        same = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": kind, "torch_dtype": "float32", "hidden_act": "silu",
                 "num_key_value_heads": self.num_attention_heads, "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False,
                 "attention_dropout": 0.0, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
         return same | asdict(self)
@@ -348,7 +351,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, H] -> weights [N, K] and expert indices [N, K], in float32 whatever the autocast."""
         cfg = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             logits = F.linear(x.flatten(0, -2).float(), self.weight.float())
             scores = logits.sigmoid() if cfg.scoring_func == "sigmoid" else logits.softmax(dim=-1)
             with torch.no_grad():
@@ -429,10 +433,12 @@ class Experts(nn.Module):
         k, up, down = index.shape[-1], self.gate_up_proj, self.down_proj
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not take part in autocast
             x, up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, up, down))
-        if x.shape[0] == 1 and not torch.is_grad_enabled():  # one token: K small products, no sorting
-            gate, up = torch.matmul(up.index_select(0, index[0]), x[0]).chunk(2, dim=-1)  # [K, f]
-            act = F.silu(gate) * up * weights[0].unsqueeze(-1)
-            return torch.bmm(down.index_select(0, index[0]), act.unsqueeze(-1)).sum(dim=0).T
+        if x.shape[0] == 1 and not torch.is_grad_enabled():  # one token: each chosen expert in turn, nothing sorted, no weights copied
+            out = torch.zeros_like(x)
+            for e, weight in zip(index[0].tolist(), weights[0].to(x.dtype), strict=True):
+                gate, up_ = F.linear(x, up[e]).chunk(2, dim=-1)
+                out = torch.addmm(out, F.silu(gate) * up_ * weight, down[e].T)
+            return out
         order = index.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         ends = torch.bincount(index.flatten(), minlength=up.shape[0]).cumsum(0).to(torch.int32)
@@ -621,7 +627,7 @@ class DeepSeekV3(nn.Module):
             raise ValueError("drafting needs one row and a model with num_nextn_predict_layers of at least 1")
         if max_new_tokens == 0:
             return input_ids, Speculation(0, 0, 0)
-        T, end = input_ids.shape[1], input_ids.shape[1] + max_new_tokens
+        end = input_ids.shape[1] + max_new_tokens
         main = LatentCache(self.config, len(self.layers), 1, end + 1, self.lm_head.weight)
         side = LatentCache(self.config, 1, 1, end + 1, self.lm_head.weight)
         text = input_ids[0].tolist()

@@ -17,7 +17,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from helpers import checkpoint
 from helpers.checkpoint import INDEX, CheckpointError
 from helpers.model import DeepSeekV3
-from helpers.tests.test_model import draw, ids, ignore_mtp_layers, one_thread_and_the_same_random_numbers, small  # noqa: F401
+from helpers.tests.test_model import draw, ids, ignore_mtp_layers, one_thread, same_random_numbers, small  # noqa: F401
 
 
 def same(a, b):

@@ -22,14 +22,18 @@ MSCALES = ({}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_a
 SEEDS = range(24)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_the_same_random_numbers():
-    """Models this small run several times as fast on one thread when the machine is busy."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run many times as fast on one thread when the machine is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    torch.manual_seed(0)
 
 
 def small(**changes):

@@ -24,14 +24,20 @@ SMALL: dict[str, dict] = {
     "00_start_here": {"num_hidden_layers": 2, "steps": 4, "batch_size": 4, "length": 64, "max_bytes": 1_000_000, "valid_sequences": 4},
     "01_mixture_of_experts": {"vocab_size": 512, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3, "probe_sequences": 4,
                               "probe_documents": 2},
-    "02_latent_attention": {"hidden_size": 64, "heads": 4, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "v_dim": 16, "contexts": [32, 64, 128],
-                            "repeats": 2, "prefill_context": 64, "prefill_new": [1, 8, 64], "prefill_repeats": 2, "ladder_tokens": 12,
-                            "distance_limit": 64, "distance_samples": 50},
+    "02_latent_attention": {"hidden_size": 64, "heads": 4, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "v_dim": 16,
+                            "contexts": [32, 64, 128], "repeats": 2, "prefill_context": 64, "prefill_new": [1, 8, 64], "prefill_repeats": 2,
+                            "ladder_tokens": 12, "distance_limit": 64, "distance_samples": 50},
+    "03_multi_token_prediction": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
+                                  "valid_sequences": 4, "n_prompts": 3, "prompt_length": 12, "new_tokens": 8, "hf_prompts": 1,
+                                  "wrong_prompts": 2, "class_windows": 4, "leak_steps": 4, "draws": 2000, "timing_repeats": 2},
+    "04_pretraining": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
+                       "valid_sequences": 4, "resume_steps": 4, "resume_hidden": 32, "samples": 4, "new_tokens": 12, "matmul_size": 256},
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
 RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "train": 4, "bench": 5, "plots": 0}
-MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w|\b[A-Z]:\\+(?:Users|Windows|Program)")
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
+                          r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
 
 
 def each_notebook(test):
@@ -123,12 +129,14 @@ def test_runs_with_small_parameters(path, tmp_path, lab_home):
     assert path.stem in SMALL, f"give {path.stem} an entry in SMALL: sizes and steps of its parameters cell that run in seconds"
     unknown = set(SMALL[path.stem]) - parameter_names(read(path))
     assert not unknown, f"SMALL sets what the parameters cell of {path.stem} does not have: {sorted(unknown)}"
-    before, out = results(), tmp_path / path.name
+    before, out, failure = results(), tmp_path / path.name, None
     try:
         papermill.execute_notebook(path, out, SMALL[path.stem], kernel_name="python3", cwd=path.parent, progress_bar=False,
                                    start_timeout=120, execution_timeout=600)
     except papermill.PapermillExecutionError as error:
-        pytest.fail(f"{path.name}: {error}", pytrace=False)
+        failure = error
+    if failure:
+        pytest.fail(f"{path.name}: {failure}", pytrace=False)
     assert problems(read(out)) == []
     assert results() == before, "a test run must not write into notebooks/results; use helpers.store"
 

@@ -17,7 +17,7 @@ import torch
 from helpers import checkpoint, data, facts, store, train
 from helpers.model import DeepSeekV3, V3Config
 from helpers.tests.test_data import write_texts
-from helpers.tests.test_model import draw, ids, one_thread_and_the_same_random_numbers, small  # noqa: F401
+from helpers.tests.test_model import draw, ids, one_thread, same_random_numbers, small  # noqa: F401
 from helpers.train import Settings, TrainingDiverged, learning_rate
 
 CONFIG = small(vocab_size=300, initializer_range=0.05, num_hidden_layers=2)
