@@ -115,7 +115,7 @@ class V3Config:
             vocab_size=2048, hidden_size=128, intermediate_size=384, moe_intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1,
             q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, max_position_embeddings=1024,
-            initializer_range=0.045,
+            initializer_range=0.045, routed_scaling_factor=1.0,
         )
         return cls(**(small | changes))
 

@@ -1,11 +1,14 @@
 """One look for all figures: colours and line styles that colour-blind readers can tell apart, and alt text with every picture."""
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
+from IPython.utils.capture import capture_output
+from ipywidgets import HTML, VBox
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -44,3 +47,22 @@ def show(fig: Figure, alt: str) -> None:
     plt.close(fig)
     image = base64.b64encode(buffer.getvalue()).decode()
     display({"image/png": image, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def what_if(control: Any, draw: Callable[[Any], None]) -> None:
+    """A widget `control` above the figure that `draw(control.value)` shows, drawn anew when it moves.
+
+    The picture is plain HTML: an Output widget (`ipywidgets.interact`) can hang a notebook that is executed without a browser.
+    """
+    picture = HTML()
+
+    def redraw(_: Any = None) -> None:
+        with capture_output() as caught:
+            draw(control.value)
+        image = caught.outputs[0]
+        picture.value = (f'<img style="max-width: 100%" alt="{image.metadata["image/png"]["alt"]}" '
+                         f'src="data:image/png;base64,{image.data["image/png"]}">')
+
+    redraw()
+    control.observe(redraw, names="value")
+    display(VBox([control, picture]))

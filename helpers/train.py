@@ -82,7 +82,9 @@ def losses(model: DeepSeekV3, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     further = [F.cross_entropy(logits.flatten(0, 1), targets[:, k:].flatten())
                for k, logits in enumerate(model.predict_further(hidden, ids), start=1)]
     mtp = torch.stack(further).mean() if further else main.new_zeros(())  # V3 eq. 25: the mean over depths
-    balance = sum((router.balance_loss for router in model.routers()), start=main.new_zeros(()))
+    balance = main.new_zeros(())
+    for router in model.routers():
+        balance, router.balance_loss = balance + router.balance_loss, 0.0  # taken out, so that the model does not hold on to the graph
     return main, mtp, balance
 
 

@@ -307,9 +307,11 @@ def test_losses_are_the_papers_means():
     model = draw(small(num_nextn_predict_layers=2)).train()
     tokens = ids(model.config, 2, 10)
     main, mtp, balance = train.losses(model, tokens)
+    assert all(router.balance_loss == 0.0 for router in model.routers()), "the model must not hold on to the graph"
+    text = tokens[:, :-1]
+    model.predict_further(model.hidden(text), text)
     balances = [router.balance_loss.item() for router in model.routers()]
     model.eval()
-    text = tokens[:, :-1]
     hidden = model.hidden(text)
     logits = [model.lm_head(hidden), *model.predict_further(hidden, text)]
     by_hand = []
