@@ -150,6 +150,8 @@ class V3Config:
         scaling = config.get("rope_scaling")
         if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "default":
             config["rope_scaling"] = None
+        if isinstance(config.get("rope_scaling"), Mapping):
+            config["rope_scaling"] = dict(config["rope_scaling"])  # a copy: transformers writes into the dicts that it is given
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_hf(self) -> dict[str, Any]:
