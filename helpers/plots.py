@@ -49,20 +49,22 @@ def show(fig: Figure, alt: str) -> None:
     display({"image/png": image, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
-def what_if(control: Any, draw: Callable[[Any], None]) -> None:
-    """A widget `control` above the figure that `draw(control.value)` shows, drawn anew when it moves.
+def what_if(control: Any, draw: Callable[..., None]) -> None:
+    """A widget `control`, or a list of them, above the figure that `draw(control.value, ...)` shows, drawn anew when one moves.
 
     The picture is plain HTML: an Output widget (`ipywidgets.interact`) can hang a notebook that is executed without a browser.
     """
+    controls = control if isinstance(control, list) else [control]
     picture = HTML()
 
     def redraw(_: Any = None) -> None:
         with capture_output() as caught:
-            draw(control.value)
+            draw(*(c.value for c in controls))
         image = caught.outputs[0]
         picture.value = (f'<img style="max-width: 100%" alt="{image.metadata["image/png"]["alt"]}" '
                          f'src="data:image/png;base64,{image.data["image/png"]}">')
 
     redraw()
-    control.observe(redraw, names="value")
-    display(VBox([control, picture]))
+    for c in controls:
+        c.observe(redraw, names="value")
+    display(VBox([*controls, picture]))

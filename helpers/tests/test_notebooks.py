@@ -32,10 +32,12 @@ SMALL: dict[str, dict] = {
                                   "wrong_prompts": 2, "class_windows": 4, "leak_steps": 4, "draws": 2000, "timing_repeats": 2},
     "04_pretraining": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
                        "valid_sequences": 4, "resume_steps": 4, "resume_hidden": 32, "samples": 4, "new_tokens": 12, "matmul_size": 256},
+    "11_training_cost": {"draws": 500},
+    "12_claims_checked": {"longest": 160},
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
-RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "train": 4, "bench": 5, "plots": 0}
+RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "cost": 3, "countdown": 3, "train": 4, "rl": 5, "bench": 5, "plots": 0}
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
                           r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
 

@@ -1,0 +1,267 @@
+"""FLOPs against torch's counter, the printed digits of the sources, a ledger that adds up, and sliders that move their picture."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from nbclient import NotebookClient
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import cost
+from helpers.facts import FACTS, PEERS, V3_CONFIG, fact
+from helpers.model import DeepSeekV3, V3Config
+
+V3 = V3Config.deepseek_v3()
+LLAMA, MIXTRAL, MIXTRAL_22B = (AutoConfig.for_model(PEERS[name][0], **PEERS[name][1])
+                               for name in ("Llama 3.1 405B", "Mixtral 8x7B", "Mixtral 8x22B"))
+SMALL = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+B, T = 2, 12
+
+
+def value(key):
+    return fact(key).value
+
+
+def total(config, length, **options):
+    return sum(cost.flops_per_token(config, length, **options).values())
+
+
+def counted(step):
+    """Floating-point operations of `step()` and its backward pass, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        step().backward()
+    return counter.get_total_flops()
+
+
+# -------------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "n_shared_experts": 0}, {"first_k_dense_replace": 4}])
+def test_flops_of_our_v3_are_what_torch_counts(changes):
+    # 37 takes the experts' path without grouped_mm; values as wide as keys (48), as narrower ones are padded for the fused kernels
+    config = V3Config.tiny(moe_intermediate_size=37, num_nextn_predict_layers=2, v_head_dim=48, **changes)
+    model, ids = DeepSeekV3(config), torch.randint(config.vocab_size, (B, T))
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = counted(lambda: model(ids).sum())
+    assert plain == B * T * total(config, T, seen=1)
+
+    def all_heads():
+        hidden = model.hidden(ids)
+        return sum(logits.sum() for logits in [model.lm_head(model.norm(hidden)), *model.predict_further(hidden, ids)])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        further = counted(all_heads) - plain
+    per_depth = [cost.flops_per_token(config, T - depth, seen=1, mtp=True)["MTP"] / 2 for depth in (1, 2)]  # each sees one token fewer
+    assert further == B * sum((T - depth) * flops for depth, flops in zip((1, 2), per_depth, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("llama", {}), ("llama", {"head_dim": 24}), ("qwen2", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})])
+def test_flops_of_transformers_models_are_what_torch_counts(kind, changes):
+    config = AutoConfig.for_model(kind, **SMALL, **changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **({"experts_implementation": "eager"} if "mix" in kind else {}))
+    ids = torch.randint(config.vocab_size, (B, T))
+    assert counted(lambda: model(ids, use_cache=False).logits.sum()) == B * T * total(config, T, seen=1)
+
+
+@pytest.mark.parametrize("config", [V3Config.tiny(), V3Config.tiny(q_lora_rank=None), V3Config.tiny(num_nextn_predict_layers=0)])
+def test_weights_are_the_models_own(config):
+    model = DeepSeekV3(config)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert sum(stored for stored, _ in cost.weights(config, mtp=True).values()) == matrices
+
+
+def test_a_transformers_config_of_v3_gives_the_same_counts():
+    config = AutoConfig.for_model(**{k: v for k, v in V3_CONFIG.items() if k not in ("quantization_config", "rope_scaling", "rope_theta")})
+    assert cost.flops_per_token(config, 4096, mtp=True) == cost.flops_per_token(V3, 4096, mtp=True)
+
+
+def test_printed_parameter_counts():
+    assert [round(sum(part) / 1e9, 2) for part in zip(*cost.weights(V3).values(), strict=True)] == [671.03, 37.55]
+    assert [round(sum(part) / 1e9, 2) for part in zip(*cost.weights(LLAMA).values(), strict=True)] == [405.85, 405.85]
+    assert [round(sum(part) / 1e9, 2) for part in zip(*cost.weights(MIXTRAL).values(), strict=True)] == [46.70, 12.88]
+    stored, used = (sum(part) / 1e9 for part in zip(*cost.weights(MIXTRAL_22B).values(), strict=True))
+    assert (round(stored, 1), round(used, 2)) == (140.6, 39.15)
+
+
+def test_printed_flops_and_rates():
+    per_token = total(V3, 4096)
+    assert round(per_token / 1e9, 1) == value("v3.train_gflops_recomputed") == 250.5
+    assert round(total(LLAMA, 4096) / 1e9) == 2473 and round(total(LLAMA, 4096, seen=0.25) / 1e9, 1) == 2447.9
+    printed = value("v3.train_gflops") * 1e9 * value("v3.tokens")
+    assert round(cost.rate(printed, value("v3.gpu_hours_pretrain"))) == value("v3.tflops_per_gpu_recomputed") == 386
+    assert round(cost.rate(value("llama405b.flops"), value("llama405b.gpu_hours"))) == 342
+    assert round(total(V3, 4096, seen=1) / per_token, 2) == round(value("v3.tflops_noncausal") / value("v3.tflops_per_gpu"), 2)
+
+
+def test_printed_tokens_per_day_and_hours():
+    per_day = value("v3.train.batch_end") * value("v3.train.seq_len") / value("v3.step_seconds") * 86400
+    assert round(per_day / 1e9, 1) == round(value("v3.tokens_per_day") / 1e9, 1) == 272.8
+    per_trillion = value("v3.gpus") * 24 * 1e12 / per_day
+    assert round(per_trillion, -3) == value("v3.gpu_hours_per_trillion") and round(1e12 / per_day, 1) == value("v3.days_per_trillion")
+    assert value("v3.gpu_hours_per_trillion") * value("v3.tokens") / 1e12 == value("v3.gpu_hours_pretrain")
+    assert round(cost.days(value("v3.gpu_hours_pretrain"), value("v3.gpus")), 1) == 54.2
+
+
+def test_mfu_names_its_peak():
+    assert cost.mfu(value("v3.tflops_per_gpu"), "h800", "bf16") == pytest.approx(value("v3.mfu"), abs=0.0006)
+    assert cost.mfu(value("v3.tflops_noncausal"), "h800", "bf16") == pytest.approx(value("v3.mfu_noncausal"), abs=0.0006)
+    assert round(cost.mfu(value("v3.tflops_per_gpu"), "h800", "fp8"), 3) == 0.195
+    assert cost.mfu(value("llama405b.tflops_per_gpu"), "h100", "bf16") == pytest.approx(value("llama405b.mfu"), abs=0.006)
+
+
+# --------------------------------------------------------------------------------------------------------- hours and dollars
+
+
+def test_printed_dollars_and_ratios():
+    v3, r1 = (sum(row.hours for row in rows) for rows in (cost.V3_RUN, cost.R1_RUN))
+    assert (v3, r1) == (value("v3.gpu_hours"), value("r1.gpu_hours"))
+    assert cost.dollars(v3, 2) == value("v3.usd") == 5.576e6 and cost.dollars(r1, 2) == value("r1.usd")
+    assert cost.dollars(v3 + r1, 2) == value("r1.usd_with_base") == 5.87e6
+    assert round(value("llama405b.gpu_hours") / v3, 1) == 11.1 and round(value("llama31.gpu_hours") / v3, 1) == value("article.gpu_hours_ratio")
+    assert round(cost.dollars(value("fleet.a100_rumoured") * 168, value("fleet.a100_usd_per_hour")) / 1e6, 2) == 11.34
+    assert value("r1.gpus") * value("r1.wall_hours_zero") == 101376 and round(value("r1.gpus") * value("r1.wall_hours_r1"), -3) == 41e3
+    hopper = value("fleet.hopper_h800") + value("fleet.hopper_h100") + value("fleet.hopper_h20")
+    assert hopper == value("fleet.hopper")
+
+
+POSITIVE = st.floats(min_value=1e-9, max_value=1e30)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=6), POSITIVE, POSITIVE)
+def test_hours_add_up_and_dollars_are_linear(hours, price, factor):
+    rows = [cost.Row(str(n), h, "V3", "VERIFIED") for n, h in enumerate(hours)]
+    together = sum(row.hours for row in rows)
+    assert cost.dollars(together, price) == pytest.approx(sum(cost.dollars(row.hours, price) for row in rows))
+    assert cost.dollars(together, price * factor) == pytest.approx(cost.dollars(together, price) * factor)
+
+
+@given(POSITIVE, POSITIVE, st.floats(min_value=1, max_value=1e6))
+def test_hours_and_rates_are_each_others_inverse(flop, tflops, gpus):
+    hours = cost.gpu_hours(flop, tflops)
+    assert cost.gpu_hours(2 * flop, tflops) == pytest.approx(2 * hours)
+    assert cost.days(hours, gpus) * 24 * gpus == pytest.approx(hours)
+    assume(hours >= 1e-9)
+    assert cost.rate(flop, hours) == pytest.approx(tflops)
+
+
+@given(price=st.floats(0, 1e4), mfu=st.floats(1e-6, 1), runs=st.floats(0, 100), trials=st.floats(0, 100), r1=st.booleans(),
+       tokens=st.floats(1, 1e18), active=st.floats(1, 1e15))
+def test_projection_is_finite_and_linear(price, mfu, runs, trials, r1, tokens, active):
+    one = cost.project(price, mfu, runs, trials, r1, tokens, active)
+    assert all(math.isfinite(v) and v >= 0 for v in one.values())
+    assert cost.project(2 * price, mfu, runs, trials, r1, tokens, active)["usd"] == pytest.approx(2 * one["usd"])
+    fixed = cost.project(price, mfu, 0, 0, r1, tokens, active)["hours"]  # context extension, post-training, R1
+    twice = cost.project(price, mfu, runs, trials, r1, 2 * tokens, active)["hours"]
+    assert twice - fixed == pytest.approx(2 * (one["hours"] - fixed), rel=1e-6, abs=1e-3)
+
+
+ANY = st.one_of(st.floats(), st.integers(), st.sampled_from([None, "2", True, 1j, 10**400, [1.0], np.nan, np.array([1.0, np.inf])]))
+FUNCTIONS = {cost.gpu_hours: 2, cost.rate: 2, cost.days: 2, cost.dollars: 2, cost.project: 4}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@given(data=st.data())
+def test_any_input_gives_a_finite_number_or_a_value_error(function, data):
+    arguments = [data.draw(ANY) for _ in range(FUNCTIONS[function])]
+    try:
+        result = function(*arguments)
+    except ValueError as error:
+        assert "cannot be" in str(error)
+    else:
+        assert all(np.isfinite(np.asarray(v, dtype=float)).all() for v in (result.values() if isinstance(result, dict) else [result]))
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: cost.dollars(-1, 2), "hours=-1 cannot be: use a finite number"),
+    (lambda: cost.dollars(1, math.nan), "price=nan"),
+    (lambda: cost.days(math.inf, 8), "hours=inf"),
+    (lambda: cost.days(1, 0), "gpus=0"),
+    (lambda: cost.project(2, 1.01), "mfu=1.01 cannot be: it is a share of the peak"),
+    (lambda: cost.mfu(400, "a100", "bf16"), "tflops=400 cannot be: MFU is at most 1, and a100 has 312"),
+    (lambda: cost.peak("a100", "fp8"), "precision='fp8' is not on a100: use bf16"),
+    (lambda: cost.peak("h800", "fp4"), "use bf16 or fp8"),
+    (lambda: cost.peak("b200", "fp8"), "gpu='b200' is not known: use one of a100, h100, h20, h800"),
+    (lambda: cost.Row("x", -1, "V3", "VERIFIED"), "hours=-1"),
+    (lambda: cost.Range(2, 1, 3, "", ""), "in this order"),
+    (lambda: cost.Range(0, math.nan, 3, "", ""), "in this order"),
+    (lambda: cost.sample(0, seed=0), "n=0"),
+    (lambda: cost.flops_per_token(V3, 0), "length=0"),
+    (lambda: cost.flops_per_token(V3, 8, seen=2), "seen=2"),
+    (lambda: cost.flops_per_token(AutoConfig.for_model("gpt2"), 8), "model_type='gpt2' is not counted"),
+])
+def test_impossible_input_is_a_clear_value_error(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ scenarios
+
+
+def test_scenario_at_the_published_values_is_the_published_run():
+    usd = cost.project(value("v3.usd_per_gpu_hour"), value("v3.mfu"))["usd"]
+    assert usd == pytest.approx(value("v3.usd"), rel=0.01)  # FLOPs / rate, beside the hours that were published
+    with_r1 = cost.project(2, value("v3.mfu"), r1=True)["usd"]
+    assert with_r1 - usd == pytest.approx(value("r1.usd"))
+
+
+def test_samples_repeat_and_stay_between_the_extremes():
+    once, again, other = cost.sample(500, 3), cost.sample(500, 3), cost.sample(500, 4)
+    assert (once["usd"] == again["usd"]).all() and (once["usd"] != other["usd"]).any()
+    assert once["usd"].shape == (500,) and np.isfinite(once["usd"]).all()
+    r = cost.RANGES
+    cheap = cost.project(r["price"].low, r["mfu"].high, r["full_runs"].low, r["experiments"].low, r1=True)
+    dear = cost.project(r["price"].high, r["mfu"].low, r["full_runs"].high, r["experiments"].high, r1=True)
+    assert cheap["usd"] <= once["usd"].min() and once["usd"].max() <= dear["usd"]
+    fixed = {name: dataclasses.replace(value, low=value.mode, high=value.mode) for name, value in r.items()}
+    assert np.ptp(cost.sample(5, 0, fixed)["usd"]) == 0
+
+
+def test_tornado_is_sorted_and_each_bar_holds_the_middle():
+    bars, modes = cost.tornado(), {name: r.mode for name, r in cost.RANGES.items()}
+    middle, widths = cost.project(**modes, r1=True)["usd"], [abs(high - low) for low, high in bars.values()]
+    assert widths == sorted(widths, reverse=True) and set(bars) == {*cost.RANGES, "r1"}
+    assert all(min(bar) <= middle <= max(bar) for bar in bars.values())
+    assert bars["r1"][1] - bars["r1"][0] == pytest.approx(value("r1.usd"))
+
+
+def test_what_is_ours_says_so():
+    assert all("ours, not published" in str(r) for r in cost.RANGES.values())
+    assert all(row.status in ("VERIFIED", "VERIFIED-2") and row.source for row in cost.V3_RUN + cost.R1_RUN)
+    assert {key.partition(".")[0] for key in FACTS if key.endswith(".fp8")} == {"h100", "h800", "h20"}
+
+
+# -------------------------------------------------------------------------------------------------------------------- sliders
+
+MOVE_EACH_SLIDER = """
+from ipywidgets import HTML
+from ipywidgets.widgets.widget import _instances
+[picture] = [w for w in _instances.values() if isinstance(w, HTML) and w.value.startswith("<img")]
+for slider in sliders:
+    seen, old = [picture.value], slider.value
+    slider.value = slider.max
+    seen.append(picture.value)
+    slider.value = old
+    print(slider.description, "|", seen[0] != seen[1], picture.value.split(" src=")[0] == seen[0].split(" src=")[0])
+"""
+
+
+def test_each_slider_of_notebook_11_moves_its_picture():
+    path = Path(__file__).parents[2] / "notebooks" / "11_training_cost.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    needed = ("11-setup", "11-words", "11-parameters", "11-slider-draw", "11-slider")
+    cells = [cell for cell in notebook.cells if cell.id in needed]
+    assert len(cells) == len(needed)
+    notebook.cells = [*cells, nbformat.v4.new_code_cell(MOVE_EACH_SLIDER)]
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    lines = "".join(output.text for output in notebook.cells[-1].outputs if output.output_type == "stream").splitlines()
+    assert len(lines) == 5 and all(line.endswith("| True True") for line in lines), lines
