@@ -581,11 +581,12 @@ class DeepSeekV3(nn.Module):
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, eos_token_id: int | None = None,
-                 generator: torch.Generator | None = None, stream: Callable[[int], None] | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, stream: Callable[[int], None] | None = None, log_probs: Tensor | None = None) -> Tensor:
         """Continue B prompts of equal length: input_ids [B, T] -> [B, T + new], new <= max_new_tokens. Greedy at temperature 0.
 
         The latent cache is allocated once; a row that has written `eos_token_id` leaves the batch and is filled up with it.
-        `stream` is called with each new token (one row only). ValueError when prompt and answer do not fit the context.
+        `stream` is called with each new token (one row only). `log_probs` [B, max_new_tokens] is filled with those of the tokens written,
+        at temperature 1 whatever they were drawn at. ValueError when prompt and answer do not fit the context.
         """
         self._start(input_ids, max_new_tokens, temperature)
         B, T = input_ids.shape
@@ -600,6 +601,8 @@ class DeepSeekV3(nn.Module):
         logits = self.lm_head(self.hidden(input_ids, cache)[:, -1])
         for position in range(T, T + max_new_tokens):
             token = sample(logits, temperature, generator)
+            if log_probs is not None:
+                log_probs[alive, position - T] = logits.float().log_softmax(dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
             if open_ is not None:  # rows that are done but not yet taken out write nothing but eos
                 token = torch.where(open_, token, eos_token_id)
             out[alive, position] = token

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -125,37 +126,88 @@ def _stop_after_step() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _optimizer(model: DeepSeekV3, settings: Settings) -> torch.optim.AdamW:
+def adamw(model: torch.nn.Module, settings: Any) -> torch.optim.AdamW:
+    """AdamW with the lr, betas and weight decay of `settings`; vectors (norms) are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def _save(model: DeepSeekV3, optimizer: torch.optim.AdamW, state: dict[str, Any], corpus: data.Corpus, folder: Path) -> Path:
-    extra = {f"{name}.{kind}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()}
-    return checkpoint.save(model, folder, extra, state, files={"tokenizer.json": corpus.tokenizer.to_str()})
-
-
-def _resume(model: DeepSeekV3, optimizer: torch.optim.AdamW, identity: dict[str, Any], folder: Path) -> tuple[int, History]:
-    """Put the newest checkpoint into model and optimizer; -> steps done, history. ValueError when it belongs to another run."""
+def _resume(model: DeepSeekV3, optimizer: torch.optim.AdamW, keep: dict[str, Tensor], identity: dict[str, Any], folder: Path) -> tuple[int, History]:
+    """Put the newest checkpoint into model, optimizer and `keep`; -> steps done, history. ValueError when it belongs to another run."""
     extra, state = checkpoint.load_training(folder)
     for part, value in identity.items():
         if state.get(part) != json.loads(json.dumps(value)):
             raise ValueError(f"the checkpoint in {folder.name} was made with another {part}: go on with that one, or choose another folder")
     model.load_state_dict(checkpoint.load(folder).state_dict())
     for name, p in model.named_parameters():
-        optimizer.state[p] = {kind: extra[f"{name}.{kind}"].to(p.device if kind != "step" else "cpu") for kind in ("step", "exp_avg", "exp_avg_sq")}
+        if f"{name}.step" in extra:
+            kinds = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {kind: extra[f"{name}.{kind}"].to(p.device if kind != "step" else "cpu") for kind in kinds}
+    for name, tensor in keep.items():
+        tensor.copy_(extra[name])
     return state["step"], state["history"]
+
+
+def loop(model: DeepSeekV3, optimizer: torch.optim.AdamW, steps: int, take_step: Callable[[int, History, Callable[..., None]], None],
+         history: History, identity: dict[str, Any], folder: str | Path | None, tokenizer: Tokenizer, save_every: int, label: str,
+         keep: dict[str, Tensor] | None = None) -> History:
+    """The frame of every training here: call take_step(step, history, check) for each step that `folder` does not hold yet.
+
+    take_step calls check(loss) before it changes the weights, or check(loss, step + 1) after it: one that is not finite raises
+    TrainingDiverged. It adds to `history` and draws its randomness from (seed, step) alone, so that a stopped, killed or resumed run ends
+    in the bits of one never stopped.
+    `identity`: JSON that a resumed run must share. `keep`: more tensors that belong to the state, by name. Ctrl-C or Jupyter's stop ends
+    after the step at hand, saves, says how to go on and raises KeyboardInterrupt.
+    """
+    folder, start, keep = Path(folder) if folder else None, 0, keep or {}
+    if folder and (folder / "latest").exists():
+        start, history = _resume(model, optimizer, keep, identity, folder)
+    saved = start
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if folder and step != saved:
+            extra = {f"{name}.{kind}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()} | keep
+            checkpoint.save(model, folder, extra, identity | {"step": step, "history": history}, files={"tokenizer.json": tokenizer.to_str()})
+            saved = step
+
+    with _stop_after_step() as stop, tqdm(total=steps, initial=start, desc=label, unit="step", disable=start == steps) as bar:
+        for step in range(start, steps):
+
+            def check(loss: float, step: int = step) -> None:
+                if not math.isfinite(loss):
+                    kept = f"the checkpoint of step {saved} is in {folder}" if folder and saved else "no checkpoint was saved before it"
+                    rate = optimizer.param_groups[0]["lr"]
+                    raise TrainingDiverged(f"loss is {loss} at step {step}; {kept}. Try a lower lr (now {rate:g}), more warmup_steps "
+                                           f"or a smaller initializer_range")
+                if step % save_every == 0:  # only now is it known that the weights of the step before are good
+                    save(step)
+
+            began = time.perf_counter()
+            take_step(step, history, check)
+            took = time.perf_counter() - began
+            history["seconds"] = history.get("seconds", 0.0) + took
+            bar.update()
+            bar.set_postfix({name: f"{history[name][-1]:.3g}" for name in ("loss", "accuracy", "length") if history.get(name)}, refresh=False)
+            if step + 1 == steps:
+                save(steps)
+            elif stop.is_set():
+                save(step + 1)
+                kept = f"saved in {folder.name}; the same call goes on from there" if folder else "the model keeps what it has learnt"
+                print(f"stopped after step {step + 1} of {steps}: {kept}")
+                raise KeyboardInterrupt
+    model.eval()
+    return history
 
 
 def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: str | Path | None = None, save_every: int = 100,
           label: str = "training") -> History:
-    """Train `model` in place; with a `folder`, save there and go on from what it holds, to the same bits as a run never stopped.
+    """Pre-train `model` in place; with a `folder`, save there and go on from what it holds (see `loop`).
 
     The history has one entry per step (loss, mtp_loss, lr, max_violation as the mean over MoE layers) and snapshots every
     `valid_every` steps and at the end (valid_step, valid_loss in nats per token, load and bias [layers][E]), and seconds of training.
-    Ctrl-C or Jupyter's stop ends after the step at hand, saves, says how to go on and raises KeyboardInterrupt.
     ValueError: a folder of another run, a text too short, a vocabulary too large. TrainingDiverged: a loss that is not finite.
     """
     if corpus.vocab_size > model.config.vocab_size:
@@ -164,79 +216,44 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
         raise ValueError(f"length={settings.length} is too short for num_nextn_predict_layers={model.config.num_nextn_predict_layers}")
     device = model.lm_head.weight.device
     identity = {"config": asdict(model.config), "settings": asdict(settings), "corpus": corpus.hash}
-    optimizer, folder, start = _optimizer(model, settings), Path(folder) if folder else None, 0
-    history: History = {name: [] for name in ("loss", "mtp_loss", "lr", "max_violation", "valid_step", "valid_loss", "load", "bias")}
-    history["seconds"] = 0.0
-    if folder and (folder / "latest").exists():
-        start, history = _resume(model, optimizer, identity, folder)
+    optimizer, routers = adamw(model, settings), model.routers()
     valid = corpus.valid_batch(settings.valid_sequences, settings.length + 1)
-    routers, saved = model.routers(), start
     for router in routers:
         router.load.zero_()  # of a step that was cut off
     model.train()
-    tokens_per_step = settings.batch_size * settings.length
 
-    def save(step: int) -> None:
-        nonlocal saved
-        if folder and step != saved:
-            _save(model, optimizer, identity | {"step": step, "history": history}, corpus, folder)
-            saved = step
+    def take_step(step: int, history: History, check: Callable[..., None]) -> None:
+        done = step / settings.steps * TOTAL
+        rate = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        tokens = corpus.batch(step, settings.seed, settings.batch_size, settings.length + 1).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            main, mtp, balance = losses(model, tokens)
+            weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
+            loss = main + weight * mtp + settings.alpha * balance
+        check(loss.item())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        violations = [max_violation(router.load) for router in routers]
+        seen = {"loss": main.item(), "mtp_loss": mtp.item(), "lr": rate, "max_violation": sum(violations) / max(len(violations), 1)}
+        for name, value in seen.items():
+            history[name].append(value)
+        snapshot = step + 1 == settings.steps or (step + 1) % settings.valid_every == 0
+        if snapshot:
+            history["load"].append([router.load.tolist() for router in routers])
+            history["bias"].append([router.e_score_correction_bias.tolist() for router in routers])
+        for router in routers:
+            router.update_bias(settings.gamma if done < COSINE else 0.0)
+        if snapshot:
+            history["valid_step"].append(step + 1)
+            history["valid_loss"].append(evaluate(model, valid))
+            check(history["valid_loss"][-1], step + 1)
 
-    def diverged(value: float, step: int) -> None:
-        kept = f"the checkpoint of step {saved} is in {folder}" if folder and saved else "no checkpoint was saved before it"
-        raise TrainingDiverged(f"loss is {value} at step {step}; {kept}. Try a lower lr (now {settings.lr:g}), more warmup_steps "
-                               f"(now {settings.warmup_steps}) or a smaller initializer_range")
-
-    with _stop_after_step() as stop, tqdm(total=settings.steps, initial=start, desc=label, unit="step", disable=start == settings.steps) as bar:
-        for step in range(start, settings.steps):
-            began = time.perf_counter()
-            done = step / settings.steps * TOTAL
-            rate = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            tokens = corpus.batch(step, settings.seed, settings.batch_size, settings.length + 1).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                main, mtp, balance = losses(model, tokens)
-                weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
-                loss = main + weight * mtp + settings.alpha * balance
-            if not math.isfinite(loss.item()):
-                diverged(loss.item(), step)
-            if step % save_every == 0:  # only now is it known that the weights of the step before are good
-                save(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            optimizer.step()
-            last = step + 1 == settings.steps
-            history["loss"].append(main.item())
-            history["mtp_loss"].append(mtp.item())
-            history["lr"].append(rate)
-            violations = [max_violation(router.load) for router in routers]
-            history["max_violation"].append(sum(violations) / max(len(violations), 1))
-            snapshot = last or (step + 1) % settings.valid_every == 0
-            if snapshot:
-                history["load"].append([router.load.tolist() for router in routers])
-                history["bias"].append([router.e_score_correction_bias.tolist() for router in routers])
-            for router in routers:
-                router.update_bias(settings.gamma if done < COSINE else 0.0)
-            took = time.perf_counter() - began
-            history["seconds"] += took
-            if snapshot:
-                history["valid_step"].append(step + 1)
-                history["valid_loss"].append(evaluate(model, valid))
-            bar.update()
-            bar.set_postfix(loss=f"{history['loss'][-1]:.3f}", tokens_per_s=f"{tokens_per_step / took:,.0f}", refresh=False)
-            if last:
-                if not math.isfinite(history["valid_loss"][-1]):
-                    diverged(history["valid_loss"][-1], step + 1)
-                save(step + 1)
-            if stop.is_set() and not last:
-                save(step + 1)
-                kept = f"saved in {folder.name}; the same call goes on from there" if folder else "the model keeps what it has learnt"
-                print(f"stopped after step {step + 1} of {settings.steps}: {kept}")
-                raise KeyboardInterrupt
-    model.eval()
-    return history
+    history: History = {name: [] for name in ("loss", "mtp_loss", "lr", "max_violation", "valid_step", "valid_loss", "load", "bias")}
+    return loop(model, optimizer, settings.steps, take_step, history, identity, folder, corpus.tokenizer, save_every, label)
 
 
 def run(config: V3Config, corpus: data.Corpus, settings: Settings, label: str) -> tuple[DeepSeekV3, History]:

@@ -1,0 +1,276 @@
+"""Post-training: supervised fine-tuning and GRPO (arXiv:2402.03300; R1 v2, section 2.1) of a DeepSeekV3 on the Countdown task.
+
+What is not published for R1 is decided here and said: the expert bias stays as pre-training left it (gamma 0, as in V3's last 500B tokens),
+so that sampler and trainer route alike; no balance loss, no MTP loss, and the MTP modules are not changed.
+"""
+import copy
+import hashlib
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from helpers import countdown, data, store, train
+from helpers.countdown import Problem
+from helpers.model import DeepSeekV3
+
+WORDS = countdown.tokenizer()
+
+
+class Rollout(NamedTuple):
+    """Answers sampled to B prompts: tokens [B, P + n] (END where a row has ended), log_probs [B, n] of the tokens drawn, lengths [B] of the
+    answers, END included, and their texts."""
+
+    tokens: Tensor
+    log_probs: Tensor
+    lengths: Tensor
+    texts: list[str]
+
+
+def rollout(model: DeepSeekV3, problems: list[Problem], max_new_tokens: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+    """One answer to each problem, sampled in one batch through the absorbed latent cache. All prompts have nine tokens, END first."""
+    device = model.lm_head.weight.device
+    prompts = torch.tensor([[data.END, *WORDS.encode(problem.prompt).ids] for problem in problems], device=device)
+    log_probs = torch.zeros(len(problems), max_new_tokens, device=device)
+    tokens = model.generate(prompts, max_new_tokens, temperature, data.END, generator, log_probs=log_probs).clone()
+    answers = tokens[:, prompts.shape[1] :]
+    ended = answers == data.END
+    lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, answers.shape[1])
+    texts = [WORDS.decode(row[:n].tolist()) for row, n in zip(answers, lengths.tolist(), strict=True)]
+    return Rollout(tokens, log_probs[:, : answers.shape[1]], lengths, texts)
+
+
+def token_log_probs(model: DeepSeekV3, tokens: Tensor, prompt: int) -> Tensor:
+    """tokens [B, T] -> log-probability [B, T - prompt] of each token after the first `prompt` ones, with gradients."""
+    logits = model.lm_head(model.hidden(tokens[:, :-1])[:, prompt - 1 :])
+    return logits.float().log_softmax(dim=-1).gather(-1, tokens[:, prompt:, None]).squeeze(-1)
+
+
+def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -> dict[str, float]:
+    """Means of `countdown.behaviour` over the answers, the mean length in tokens, the share cut off, and consistency by language (nan
+    where nobody spoke it)."""
+    rows = [countdown.behaviour(problem, text, operators) for problem, text in zip(problems, answers.texts, strict=True)]
+    for row, problem in zip(rows, problems, strict=True):
+        row |= {f"consistency_{language}": row["consistency"] if language == problem.language else math.nan for language in countdown.WORDS}
+    means = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if not math.isnan(row[name])]
+        means[name] = sum(values) / len(values) if values else math.nan
+    ended = answers.tokens.gather(1, answers.tokens.shape[1] - answers.log_probs.shape[1] - 1 + answers.lengths[:, None]) == data.END
+    return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - ended.float().mean().item()}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- GRPO
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """One RL run. R1-Zero had 32 questions x 16 answers, lr 3e-6, KL 0.001, a reference new every 400 steps, temperature 1 (R1 v2)."""
+
+    steps: int = 30
+    questions: int = 64
+    group: int = 8
+    max_new_tokens: int = 200
+    lr: float = 6e-4
+    warmup_steps: int = 5
+    updates: int = 2  # optimizer steps on each batch of answers
+    clip: float = 0.2
+    kl: float = 0.0
+    refresh: int = 400  # steps between copies of the policy into the reference
+    level: str = "sequence"  # "sequence": every answer weighs the same (GRPO); "token": every token (DAPO); "constant": Dr. GRPO
+    divide_by_std: bool = True  # False: Dr. GRPO
+    weight_format: float = 0.2
+    weight_language: float = 0.0
+    operators: str = "+-*"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.level not in ("sequence", "token", "constant"):
+            raise ValueError(f"level={self.level!r} is not known: use 'sequence', 'token' or 'constant'")
+        for name in ("steps", "questions", "group", "max_new_tokens", "updates", "refresh"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot work: it must be a whole number of at least 1")
+        if self.group < 2:
+            raise ValueError("group=1 cannot work: an answer's advantage is measured against the others of its group")
+
+
+def reward(settings: GRPO, problem: Problem, text: str) -> float:
+    """Accuracy + weight_format * format + weight_language * language consistency of one answer."""
+    return (countdown.accuracy(problem, text, settings.operators) + settings.weight_format * countdown.well_formed(text)
+            + settings.weight_language * countdown.language_consistency(problem.language, text))
+
+
+def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+    """rewards [questions, group] -> how much better than its group each answer is, (r - mean) / std; 0 where all are alike."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + 1e-6) if divide_by_std else centred
+
+
+def row_weights(lengths: Tensor, level: str, max_new_tokens: int) -> Tensor:
+    """Weight [B] of each token of an answer, so that the losses of all tokens add up to the batch's loss."""
+    if level == "sequence":
+        return 1 / (len(lengths) * lengths)
+    return torch.full(lengths.shape, 1 / lengths.sum().item() if level == "token" else 1 / (len(lengths) * max_new_tokens))
+
+
+def grpo_loss(log_probs: Tensor, old: Tensor, advantage: Tensor, weights: Tensor, clip: float, kl: float = 0.0,
+              reference: Tensor | None = None) -> Tensor:
+    """GRPO's objective with its sign turned (R1 v2, eq. 1-2). log_probs, old, reference [B, n]; advantage [B]; weights [B, n], 0 on padding."""
+    ratio = (log_probs - old).exp()
+    gain = torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * advantage[:, None])
+    if reference is not None:
+        gain = gain - kl * ((reference - log_probs).exp() - (reference - log_probs) - 1)
+    return -(gain * weights).sum()
+
+
+def micro_batches(lengths: Tensor, tokens: int = 4096) -> list[Tensor]:
+    """Row indices in parts of about `tokens` padded tokens, rows of like length together."""
+    parts, rows = [], lengths.argsort(descending=True).tolist()
+    while rows:
+        n = max(1, tokens // int(lengths[rows[0]]))
+        parts.append(torch.tensor(rows[:n]))
+        rows = rows[n:]
+    return parts
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits of the weights, to key what is made from them."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def grpo(base: DeepSeekV3, settings: GRPO, label: str, watch: Callable[[DeepSeekV3, int], Any] | None = None, watch_at: tuple[int, ...] = (),
+         folder: str | Path | None = None) -> tuple[DeepSeekV3, train.History]:
+    """A copy of `base` trained by GRPO; or the finished or half-finished one of exactly this base and settings.
+
+    The history has, per step, `measure` of the answers sampled (before the update), reward, loss, clipped share and the largest difference
+    between sampler's and trainer's log-probabilities; `watch(model, step)`, called before the steps in `watch_at` and after the last,
+    has its JSON in history["watch"].
+    """
+    model = copy.deepcopy(base)
+    identity = {"base": fingerprint(base), "settings": asdict(settings), "watch_at": list(watch_at)}
+    folder = folder or store.checkpoint_dir(label.replace(" ", "-").lower(), **identity)
+    optimizer = train.adamw(model, settings)
+    reference = copy.deepcopy(base) if settings.kl else None
+
+    def take_step(step: int, history: train.History, check: Callable[..., None]) -> None:
+        model.eval()  # the routers do not count, no bias update
+        if step in watch_at:
+            history["watch"].append(watch(model, step))
+        if reference is not None and step % settings.refresh == 0:
+            reference.load_state_dict(model.state_dict())
+        generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed * 1_000_003 + step)
+        asked = countdown.problems("train", settings.questions, settings.seed * 1_000_003 + step, settings.operators)
+        asked = [problem for problem in asked for _ in range(settings.group)]
+        answers = rollout(model, asked, settings.max_new_tokens, generator)
+        rewards = torch.tensor([reward(settings, problem, text) for problem, text in zip(asked, answers.texts, strict=True)])
+        advantage = advantages(rewards.view(-1, settings.group), settings.divide_by_std).flatten()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1, (step + 1) / settings.warmup_steps)
+        order = torch.randperm(settings.questions, generator=torch.Generator().manual_seed(step))
+        losses, gap, clipped = [], 0.0, []
+        for n, questions in enumerate(order.tensor_split(settings.updates)):
+            rows = (questions[:, None] * settings.group + torch.arange(settings.group)).flatten()
+            weight = torch.zeros(len(asked))
+            weight[rows] = row_weights(answers.lengths[rows].cpu(), settings.level, settings.max_new_tokens)
+            rows = rows[advantage[rows].abs() > 0] if not settings.kl else rows  # nothing to learn from a group that agrees
+            total = 0.0
+            optimizer.zero_grad(set_to_none=True)
+            for part in micro_batches(answers.lengths[rows].cpu()) if len(rows) else []:
+                loss, difference, outside = _part_loss(model, reference, answers, rows[part], advantage, weight, settings)
+                loss.backward()
+                total, gap = total + loss.item(), max(gap, difference) if n == 0 else gap
+                clipped.append(outside)
+            check(total)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            optimizer.step()
+            losses.append(total)
+        seen = measure(asked, answers, settings.operators)
+        seen |= {"reward": rewards.mean().item(), "loss": sum(losses) / len(losses), "gap": gap, "clipped": sum(clipped) / max(len(clipped), 1)}
+        for name, value in seen.items():
+            history.setdefault(name, []).append(None if math.isnan(value) else value)
+        if watch and step + 1 == settings.steps:
+            history["watch"].append(watch(model, settings.steps))
+
+    history: train.History = {"watch": []}
+    keep = {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()} if reference is not None else {}
+    return model, train.loop(model, optimizer, settings.steps, take_step, history, identity, folder, WORDS, 10, label, keep)
+
+
+def _part_loss(model: DeepSeekV3, reference: DeepSeekV3 | None, answers: Rollout, rows: Tensor, advantage: Tensor, weight: Tensor,
+               settings: GRPO) -> tuple[Tensor, float, float]:
+    """Loss of some rows, the largest gap between the sampler's log-probabilities and these, and the share of tokens outside the clip."""
+    prompt = answers.tokens.shape[1] - answers.log_probs.shape[1]
+    n = int(answers.lengths[rows].max())
+    device = answers.tokens.device
+    tokens, old = answers.tokens[rows, : prompt + n], answers.log_probs[rows, :n]
+    inside = torch.arange(n, device=device) < answers.lengths[rows][:, None]
+    log_probs = token_log_probs(model, tokens, prompt)
+    with torch.no_grad():
+        other = token_log_probs(reference, tokens, prompt) if reference is not None else None
+        gap = ((log_probs - old).abs() * inside).max().item()
+        outside = ((((log_probs - old).exp() - 1).abs() > settings.clip) & inside).sum().item() / inside.sum().item()
+    weights = weight[rows].to(device)[:, None] * inside
+    return grpo_loss(log_probs, old, advantage[rows].to(device), weights, settings.clip, settings.kl, other), gap, outside
+
+
+# -------------------------------------------------------------------------------------------------- supervised fine-tuning
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Fine-tuning on answers: cosine to a tenth, the prompt is not learnt. V3: 2 epochs, 5e-6 to 1e-6 (V3 section 5.1)."""
+
+    epochs: int = 2
+    batch_size: int = 32
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    seed: int = 0
+
+
+def sft(base: DeepSeekV3, examples: list[tuple[str, str]], settings: SFT, label: str,
+        folder: str | Path | None = None) -> tuple[DeepSeekV3, train.History]:
+    """A copy of `base` fine-tuned on (prompt, answer) texts; or the finished or half-finished one of exactly these."""
+    model = copy.deepcopy(base)
+    identity = {"base": fingerprint(base), "settings": asdict(settings), "examples": store.key(examples=examples)}
+    folder = folder or store.checkpoint_dir(label.replace(" ", "-").lower(), **identity)
+    optimizer = train.adamw(model, settings)
+    rows = [([data.END, *WORDS.encode(prompt).ids], [*WORDS.encode(answer).ids, data.END]) for prompt, answer in examples]
+    batches = math.ceil(len(rows) / settings.batch_size)
+    steps = settings.epochs * batches
+    device = model.lm_head.weight.device
+
+    def take_step(step: int, history: train.History, check: Callable[..., None]) -> None:
+        rng = random.Random(f"{settings.seed} {step // batches}")
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) + 20 * rng.random()))  # like lengths together, yet mixed
+        starts = rng.sample(range(batches), batches)
+        chosen = [rows[i] for i in order[starts[step % batches] * settings.batch_size :][: settings.batch_size]]
+        width = max(len(prompt) + len(answer) for prompt, answer in chosen)
+        tokens = torch.tensor([[*prompt, *answer] + [data.END] * (width - len(prompt) - len(answer)) for prompt, answer in chosen], device=device)
+        learnt = [(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in chosen]
+        inside = torch.tensor([[first <= t < last for t in range(width - 1)] for first, last in learnt], device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        loss = -(token_log_probs(model.eval(), tokens, 1) * inside).sum() / inside.sum()
+        check(loss.item())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        history["loss"].append(loss.item())
+
+    return model, train.loop(model, optimizer, steps, take_step, {"loss": []}, identity, folder, WORDS, 100, label)
