@@ -1,1 +1,1 @@
-"""The helper module behind the notebooks. Imports run one way: notebooks -> helpers; inside helpers from bench and train down to facts."""
+"""The helper module behind the notebooks. Imports run one way: notebooks -> helpers; inside helpers from rl and train down to facts."""

@@ -139,10 +139,15 @@ def search(problem: Problem, rng: random.Random, switch: float = 0.0, give_up: f
     return " ".join(out), expression
 
 
-def answer_text(thoughts: str, expression: str, tagged: bool = True) -> str:
-    """The whole answer, `<think> thoughts </think> <answer> expression </answer>`, or `thoughts ; expression`."""
-    parts = [*TAGS[:1], thoughts, *TAGS[1:3], expression, TAGS[3]] if tagged else [thoughts, ";", expression]
+def answer_text(thoughts: str, expression: str, tagged: bool = True, summary: str = "") -> str:
+    """The whole answer, `<think> thoughts </think> <answer> expression </answer> summary`, or `thoughts ; expression`."""
+    parts = [*TAGS[:1], thoughts, *TAGS[1:3], expression, TAGS[3], summary] if tagged else [thoughts, ";", expression]
     return " ".join(part for part in parts if part)
+
+
+def summary(language: str, expression: str) -> str:
+    """The line a reader wants last: `answer 2 * 6 + 9 makes 21`."""
+    return f"{WORDS[language]['answer']} {expression} {WORDS[language]['makes']} {chain(expression)[-1]}"
 
 
 def document(writers: Writers, rng: random.Random) -> str:
@@ -213,11 +218,19 @@ def accuracy(problem: Problem, text: str, operators: str = "+-*") -> float:
 
 
 def well_formed(text: str) -> float:
-    """1 for exactly `<think> ... </think> <answer> seven words </answer>`, each tag once, nothing before or after; else 0."""
+    """1 for `<think> ... </think> <answer> seven words </answer>`, each tag once, nothing before it; a last line may follow. Else 0."""
     words = text.split()
-    once = all(words.count(tag) == 1 for tag in TAGS)
-    return float(once and [0, words.index(TAGS[1]) + 1, len(words) - 1] == [words.index(tag) for tag in (TAGS[0], TAGS[2], TAGS[3])]
-                 and len(final_answer(text)) == 7)
+    if not all(words.count(tag) == 1 for tag in TAGS):
+        return 0.0
+    places = [words.index(tag) for tag in TAGS]
+    return float(places[0] == 0 and places[1] > 0 and places[2] == places[1] + 1 and places[3] == places[2] + 8)
+
+
+def readable(problem: Problem, text: str) -> float:
+    """1 if the text ends with the `summary` of its own answer, in the language of the question, whether right or wrong; else 0."""
+    answer = " ".join(final_answer(text))
+    known = answer in candidates(problem.digits) and text.split().count(TAGS[3]) == 1
+    return float(known and " ".join(text.split()[text.split().index(TAGS[3]) + 1 :]) == summary(problem.language, answer))
 
 
 def thoughts(text: str) -> list[str]:
@@ -239,6 +252,7 @@ def behaviour(problem: Problem, text: str, operators: str = "+-*") -> dict[str, 
     """What the curves show of one answer: accuracy, format, consistency (nan without words), and counts of tries, checks, waits; mixed 0/1."""
     said = [word for word in thoughts(text) if word in LANGUAGE]
     count = {name: sum(said.count(WORDS[language][name]) for language in WORDS) for name in ("try_", "check", "wait")}
-    return {"accuracy": accuracy(problem, text, operators), "format": well_formed(text), "tries": count["try_"], "verify": float(count["check"] > 0),
-            "waits": count["wait"], "mixed": float(len({LANGUAGE[word] for word in said}) == 2),
+    return {"accuracy": accuracy(problem, text, operators), "format": well_formed(text), "readable": readable(problem, text),
+            "tries": count["try_"], "verify": float(count["check"] > 0), "waits": count["wait"],
+            "mixed": float(len({LANGUAGE[word] for word in said}) == 2),
             "consistency": language_consistency(problem.language, text) if said else math.nan}

@@ -1,4 +1,6 @@
-"""Post-training: supervised fine-tuning and GRPO (arXiv:2402.03300; R1 v2, section 2.1) of a DeepSeekV3 on the Countdown task.
+"""Post-training: supervised fine-tuning and GRPO (arXiv:2402.03300; R1 v2, section 2.1) on the Countdown task.
+
+Trains a DeepSeekV3, or a transformers model with an `lm_head` (the dense students), through the same functions.
 
 What is not published for R1 is decided here and said: the expert bias stays as pre-training left it (gamma 0, as in V3's last 500B tokens),
 so that sampler and trainer route alike; no balance loss, no MTP loss, and the MTP modules are not changed.
@@ -17,9 +19,13 @@ from torch import Tensor
 
 from helpers import countdown, data, store, train
 from helpers.countdown import Problem
-from helpers.model import DeepSeekV3
+from helpers.model import DeepSeekV3, V3Config
 
 WORDS = countdown.tokenizer()
+# The base of all reasoning notebooks: a V3 of two cores' size for 135 words, and how it is pre-trained
+BASE = V3Config.tiny(vocab_size=len(countdown.VOCABULARY), num_hidden_layers=3, intermediate_size=256, n_routed_experts=8, num_experts_per_tok=2,
+                     moe_intermediate_size=64, q_lora_rank=None, kv_lora_rank=32, max_position_embeddings=512)
+PRETRAINING = train.Settings(steps=1750, batch_size=16, length=128, lr=3e-3, valid_every=250)
 
 
 class Rollout(NamedTuple):
@@ -32,12 +38,15 @@ class Rollout(NamedTuple):
     texts: list[str]
 
 
-def rollout(model: DeepSeekV3, problems: list[Problem], max_new_tokens: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+def rollout(model: Any, problems: list[Problem], max_new_tokens: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
     """One answer to each problem, sampled in one batch through the absorbed latent cache. All prompts have nine tokens, END first."""
     device = model.lm_head.weight.device
     prompts = torch.tensor([[data.END, *WORDS.encode(problem.prompt).ids] for problem in problems], device=device)
-    log_probs = torch.zeros(len(problems), max_new_tokens, device=device)
-    tokens = model.generate(prompts, max_new_tokens, temperature, data.END, generator, log_probs=log_probs).clone()
+    if isinstance(model, DeepSeekV3):
+        log_probs = torch.zeros(len(problems), max_new_tokens, device=device)
+        tokens = model.generate(prompts, max_new_tokens, temperature, data.END, generator, log_probs=log_probs).clone()
+    else:
+        tokens, log_probs = _transformers_generate(model, prompts, max_new_tokens, generator, temperature)
     answers = tokens[:, prompts.shape[1] :]
     ended = answers == data.END
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, answers.shape[1])
@@ -45,9 +54,23 @@ def rollout(model: DeepSeekV3, problems: list[Problem], max_new_tokens: int, gen
     return Rollout(tokens, log_probs[:, : answers.shape[1]], lengths, texts)
 
 
-def token_log_probs(model: DeepSeekV3, tokens: Tensor, prompt: int) -> Tensor:
+def _transformers_generate(model: Any, prompts: Tensor, max_new_tokens: int, generator: torch.Generator, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same of a transformers model, which draws from torch's global generator: tokens [B, P + n], log_probs [B, n]."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        how = {"do_sample": temperature > 0, "top_k": 0, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=max_new_tokens, eos_token_id=data.END,
+                             pad_token_id=data.END, return_dict_in_generate=True, output_logits=True, **how)
+    log_probs = torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
+    return out.sequences, log_probs.gather(-1, out.sequences[:, prompts.shape[1] :, None]).squeeze(-1)
+
+
+def token_log_probs(model: Any, tokens: Tensor, prompt: int) -> Tensor:
     """tokens [B, T] -> log-probability [B, T - prompt] of each token after the first `prompt` ones, with gradients."""
-    logits = model.lm_head(model.hidden(tokens[:, :-1])[:, prompt - 1 :])
+    if isinstance(model, DeepSeekV3):
+        logits = model.lm_head(model.hidden(tokens[:, :-1])[:, prompt - 1 :])
+    else:
+        logits = model(tokens[:, :-1]).logits[:, prompt - 1 :]
     return logits.float().log_softmax(dim=-1).gather(-1, tokens[:, prompt:, None]).squeeze(-1)
 
 
@@ -86,6 +109,7 @@ class GRPO:
     divide_by_std: bool = True  # False: Dr. GRPO
     weight_format: float = 0.2
     weight_language: float = 0.0
+    weight_readable: float = 0.0
     operators: str = "+-*"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -104,9 +128,10 @@ class GRPO:
 
 
 def reward(settings: GRPO, problem: Problem, text: str) -> float:
-    """Accuracy + weight_format * format + weight_language * language consistency of one answer."""
+    """Accuracy, and format, language consistency and a readable last line at their weights, of one answer."""
     return (countdown.accuracy(problem, text, settings.operators) + settings.weight_format * countdown.well_formed(text)
-            + settings.weight_language * countdown.language_consistency(problem.language, text))
+            + settings.weight_language * countdown.language_consistency(problem.language, text)
+            + settings.weight_readable * countdown.readable(problem, text))
 
 
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
@@ -150,8 +175,13 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def grpo(base: DeepSeekV3, settings: GRPO, label: str, watch: Callable[[DeepSeekV3, int], Any] | None = None, watch_at: tuple[int, ...] = (),
-         folder: str | Path | None = None) -> tuple[DeepSeekV3, train.History]:
+def _folder(base: Any, label: str, identity: dict[str, Any]) -> Path | None:
+    """Where this training is kept; a transformers model is not (None): save it with its own `save_pretrained`."""
+    return store.checkpoint_dir(label.replace(" ", "-").lower(), **identity) if isinstance(base, DeepSeekV3) else None
+
+
+def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any] | None = None, watch_at: tuple[int, ...] = (),
+         folder: str | Path | None = None) -> tuple[Any, train.History]:
     """A copy of `base` trained by GRPO; or the finished or half-finished one of exactly this base and settings.
 
     The history has, per step, `measure` of the answers sampled (before the update), reward, loss, clipped share and the largest difference
@@ -160,7 +190,7 @@ def grpo(base: DeepSeekV3, settings: GRPO, label: str, watch: Callable[[DeepSeek
     """
     model = copy.deepcopy(base)
     identity = {"base": fingerprint(base), "settings": asdict(settings), "watch_at": list(watch_at)}
-    folder = folder or store.checkpoint_dir(label.replace(" ", "-").lower(), **identity)
+    folder = folder or _folder(base, label, identity)
     optimizer = train.adamw(model, settings)
     reference = copy.deepcopy(base) if settings.kl else None
 
@@ -208,7 +238,7 @@ def grpo(base: DeepSeekV3, settings: GRPO, label: str, watch: Callable[[DeepSeek
     return model, train.loop(model, optimizer, settings.steps, take_step, history, identity, folder, WORDS, 10, label, keep)
 
 
-def _part_loss(model: DeepSeekV3, reference: DeepSeekV3 | None, answers: Rollout, rows: Tensor, advantage: Tensor, weight: Tensor,
+def _part_loss(model: Any, reference: Any, answers: Rollout, rows: Tensor, advantage: Tensor, weight: Tensor,
                settings: GRPO) -> tuple[Tensor, float, float]:
     """Loss of some rows, the largest gap between the sampler's log-probabilities and these, and the share of tokens outside the clip."""
     prompt = answers.tokens.shape[1] - answers.log_probs.shape[1]
@@ -242,12 +272,11 @@ class SFT:
     seed: int = 0
 
 
-def sft(base: DeepSeekV3, examples: list[tuple[str, str]], settings: SFT, label: str,
-        folder: str | Path | None = None) -> tuple[DeepSeekV3, train.History]:
+def sft(base: Any, examples: list[tuple[str, str]], settings: SFT, label: str, folder: str | Path | None = None) -> tuple[Any, train.History]:
     """A copy of `base` fine-tuned on (prompt, answer) texts; or the finished or half-finished one of exactly these."""
     model = copy.deepcopy(base)
     identity = {"base": fingerprint(base), "settings": asdict(settings), "examples": store.key(examples=examples)}
-    folder = folder or store.checkpoint_dir(label.replace(" ", "-").lower(), **identity)
+    folder = folder or _folder(base, label, identity)
     optimizer = train.adamw(model, settings)
     rows = [([data.END, *WORDS.encode(prompt).ids], [*WORDS.encode(answer).ids, data.END]) for prompt, answer in examples]
     batches = math.ceil(len(rows) / settings.batch_size)

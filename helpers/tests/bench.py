@@ -1,4 +1,4 @@
-"""`python -m helpers.bench`: our model beside transformers' DeepseekV3ForCausalLM, same weights and threads, interleaved runs, medians.
+"""`python -m helpers.tests.bench`: our model beside transformers' DeepseekV3ForCausalLM, same weights and threads, interleaved runs, medians.
 
 A benchmark, not a test: run it when nothing else runs. Ratios carry between machines, seconds do not.
 """
