@@ -20,7 +20,8 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 plt.rcParams.update({
     "figure.figsize": (8, 4), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.facecolor": "white",
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 1.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "lines.linewidth": 1.8,
 })
 
 

@@ -296,7 +296,8 @@ def test_readme_picture_is_a_figure_of_the_notebook(path):
 
 def test_readme_commands_name_what_exists():
     commands = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.S)) + "\n".join(re.findall(r"`([^`\n]+)`", README))
-    assert [name for name in re.findall(r"-m helpers\.(\w+)", commands) if not (ROOT / "helpers" / f"{name}.py").is_file()] == []
+    modules = [name.replace(".", "/") for name in re.findall(r"-m (helpers(?:\.\w+)+)", commands)]
+    assert modules and [name for name in modules if not (ROOT / f"{name}.py").is_file()] == []
     assert [name for name in re.findall(r"(?:notebooks|helpers)/[\w/]*\.\w+", commands) if not (ROOT / name).exists()] == []
     for code in re.findall(r"-c \"([^\"]+)\"", commands):
         for module, name in re.findall(r"(\w+)\.(\w+)\(", code):
