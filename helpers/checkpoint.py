@@ -108,7 +108,7 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
     _write_json(part / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     _write_json(part / "config.json", model.config.to_hf() | {"torch_dtype": dtype})
-    if extra:
+    if extra is not None:
         save_file({name: t.contiguous() for name, t in extra.items()}, part / "training.safetensors")
     if state is not None:
         _write_json(part / "training.json", state)

@@ -6,6 +6,7 @@ is a full answer. Texts are words with a space between; no text is ever evaluate
 """
 import functools
 import hashlib
+import html
 import itertools
 import math
 import operator
@@ -38,8 +39,8 @@ class Problem:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        if len(self.digits) != 4 or not all(type(d) is int and 1 <= d <= 9 for d in self.digits):
-            raise ValueError(f"digits={self.digits!r} cannot be asked: give four whole numbers from 1 to 9")
+        if type(self.digits) is not tuple or len(self.digits) != 4 or not all(type(d) is int and 1 <= d <= 9 for d in self.digits):
+            raise ValueError(f"digits={self.digits!r} cannot be asked: give a tuple of four whole numbers from 1 to 9")
         if type(self.target) is not int or not 0 <= self.target <= LARGEST:
             raise ValueError(f"target={self.target!r} cannot be asked: give a whole number from 0 to {LARGEST}")
         if self.language not in WORDS:
@@ -104,7 +105,7 @@ class Writers:
     switch: float = 0.05  # a verifying writer changes language at a try
     other_language: float = 0.06  # of answers
     untagged: float = 0.35
-    facts: float = 0.12  # documents that are a chain and a check, half of them right
+    facts: float = 0.12  # documents that are a chain and a check; half are drawn to be right, and of the others some are by chance
     operators: str = "+-*"
 
 
@@ -256,3 +257,11 @@ def behaviour(problem: Problem, text: str, operators: str = "+-*") -> dict[str, 
             "tries": count["try_"], "verify": float(count["check"] > 0), "waits": count["wait"],
             "mixed": float(len({LANGUAGE[word] for word in said}) == 2),
             "consistency": language_consistency(problem.language, text) if said else math.nan}
+
+
+def coloured(text: str, longest: int = 130) -> str:
+    """HTML of a text: English words blue, Spanish ones orange and underlined, tags bold, numbers and signs grey; cut after `longest` words."""
+    looks = {"en": '<span style="color:#0072B2">{}</span>', "es": '<u style="color:#B84A00">{}</u>', "tag": '<b style="color:#222">{}</b>'}
+    words, plain = text.split(), '<span style="color:#6b6b6b">{}</span>'
+    shown = [looks.get("tag" if word in TAGS else LANGUAGE.get(word), plain).format(html.escape(word)) for word in words[:longest]]
+    return " ".join(shown) + (f" <i>… and {len(words) - longest} more words</i>" if len(words) > longest else "")

@@ -10,22 +10,38 @@ import hashlib
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from helpers import countdown, data, store, train
 from helpers.countdown import Problem
 from helpers.model import DeepSeekV3, V3Config
 
 WORDS = countdown.tokenizer()
-# The base of all reasoning notebooks: a V3 of two cores' size for 135 words, and how it is pre-trained
+# The base of all reasoning notebooks: a V3 of two cores' size for 135 words, and how it is pre-trained, short and then long
 BASE = V3Config.tiny(vocab_size=len(countdown.VOCABULARY), num_hidden_layers=3, intermediate_size=256, n_routed_experts=8, num_experts_per_tok=2,
                      moe_intermediate_size=64, q_lora_rank=None, kv_lora_rank=32, max_position_embeddings=512)
 PRETRAINING = train.Settings(steps=1750, batch_size=16, length=128, lr=3e-3, valid_every=250)
+EXTENSION = train.Settings(steps=350, batch_size=8, length=256, lr=1.5e-3, valid_every=50)
+
+
+def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None) -> tuple[DeepSeekV3, list[train.History]]:
+    """The base model, pre-trained short and then long as V3 was (section 4.3), and both histories; or the finished one of exactly these.
+
+    Short windows teach the task sooner, but at positions that no window reached a model writes nothing of use. `steps` (for tests): of the
+    first phase; the second then takes a fifth.
+    """
+    first = PRETRAINING if steps is None else replace(PRETRAINING, steps=steps)
+    second = EXTENSION if steps is None else replace(EXTENSION, steps=max(1, steps // 5))
+    model, history = train.run(config, corpus, first, "countdown base")
+    folder = store.checkpoint_dir("countdown-base-longer", base=fingerprint(model), settings=second, corpus=corpus.hash)
+    return model, [history, train.train(model, corpus, second, folder, label="countdown base, longer")]
 
 
 class Rollout(NamedTuple):
@@ -52,6 +68,17 @@ def rollout(model: Any, problems: list[Problem], max_new_tokens: int, generator:
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, answers.shape[1])
     texts = [WORDS.decode(row[:n].tolist()) for row, n in zip(answers, lengths.tolist(), strict=True)]
     return Rollout(tokens, log_probs[:, : answers.shape[1]], lengths, texts)
+
+
+def sampled(model: Any, problems: list[Problem], max_new_tokens: int, seed: int = 0, temperature: float = 1.0, label: str | None = None) -> Rollout:
+    """`rollout` of many problems, 512 at a time (with a progress bar, if it has a label), padded to the longest answer allowed."""
+    generator, parts = torch.Generator(model.lm_head.weight.device).manual_seed(seed), []
+    for start in tqdm(range(0, len(problems), 512), desc=label, unit="batch", disable=label is None):
+        part = rollout(model, problems[start : start + 512], max_new_tokens, generator, temperature)
+        missing = max_new_tokens - part.log_probs.shape[1]
+        parts.append((F.pad(part.tokens, (0, missing), value=data.END), F.pad(part.log_probs, (0, missing)), part.lengths, part.texts))
+    tokens, log_probs, lengths, texts = zip(*parts, strict=True)
+    return Rollout(torch.cat(tokens), torch.cat(log_probs), torch.cat(lengths), sum(texts, []))
 
 
 def _transformers_generate(model: Any, prompts: Tensor, max_new_tokens: int, generator: torch.Generator, temperature: float) -> tuple[Tensor, Tensor]:
@@ -125,6 +152,8 @@ class GRPO:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot work: it must be a whole number of at least 1")
         if self.group < 2:
             raise ValueError("group=1 cannot work: an answer's advantage is measured against the others of its group")
+        if self.updates > self.questions:
+            raise ValueError(f"updates={self.updates} cannot work: each needs a question of its own, and questions={self.questions}")
 
 
 def reward(settings: GRPO, problem: Problem, text: str) -> float:
@@ -150,7 +179,7 @@ def row_weights(lengths: Tensor, level: str, max_new_tokens: int) -> Tensor:
 def grpo_loss(log_probs: Tensor, old: Tensor, advantage: Tensor, weights: Tensor, clip: float, kl: float = 0.0,
               reference: Tensor | None = None) -> Tensor:
     """GRPO's objective with its sign turned (R1 v2, eq. 1-2). log_probs, old, reference [B, n]; advantage [B]; weights [B, n], 0 on padding."""
-    ratio = (log_probs - old).exp()
+    ratio = ((log_probs - old) * (weights > 0)).exp()  # padding may hold anything
     gain = torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * advantage[:, None])
     if reference is not None:
         gain = gain - kl * ((reference - log_probs).exp() - (reference - log_probs) - 1)
@@ -168,8 +197,8 @@ def micro_batches(lengths: Tensor, tokens: int = 4096) -> list[Tensor]:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits of the weights, to key what is made from them."""
-    digest = hashlib.sha256()
+    """16 hex digits of the config and the weights, to key what is made from them."""
+    digest = hashlib.sha256(str(model.config).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -196,8 +225,6 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
 
     def take_step(step: int, history: train.History, check: Callable[..., None]) -> None:
         model.eval()  # the routers do not count, no bias update
-        if step in watch_at:
-            history["watch"].append(watch(model, step))
         if reference is not None and step % settings.refresh == 0:
             reference.load_state_dict(model.state_dict())
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed * 1_000_003 + step)
@@ -223,6 +250,8 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
                 total, gap = total + loss.item(), max(gap, difference) if n == 0 else gap
                 clipped.append(outside)
             check(total)
+            if n == 0 and step in watch_at:  # after the check, which may save: a run that goes on from there watches this step itself
+                history["watch"].append(watch(model, step))
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
             optimizer.step()
             losses.append(total)
