@@ -288,7 +288,8 @@ def test_measure_by_hand():
 
 
 @pytest.mark.parametrize("change", [{"level": "word"}, {"steps": 0}, {"questions": 0}, {"group": 1}, {"group": 0}, {"max_new_tokens": 0},
-                                    {"updates": 0}, {"refresh": 0}, {"steps": 1.5}, {"questions": True}, {"group": "8"}, {"updates": -1}, {"updates": 65}],
+                                    {"updates": 0}, {"refresh": 0}, {"steps": 1.5}, {"questions": True}, {"group": "8"}, {"updates": -1},
+                                    {"updates": 65}],
                          ids=str)
 def test_a_setting_that_cannot_work_is_named(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}="):
