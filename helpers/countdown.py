@@ -147,8 +147,8 @@ def answer_text(thoughts: str, expression: str, tagged: bool = True, summary: st
 
 
 def summary(language: str, expression: str) -> str:
-    """The line a reader wants last: `answer 2 * 6 + 9 makes 21`."""
-    return f"{WORDS[language]['answer']} {expression} {WORDS[language]['makes']} {chain(expression)[-1]}"
+    """The line a reader wants last, the result in the language of the question: `answer makes 21`."""
+    return f"{WORDS[language]['answer']} {WORDS[language]['makes']} {chain(expression)[-1]}"
 
 
 def document(writers: Writers, rng: random.Random) -> str:

@@ -351,17 +351,17 @@ def tagged(expression, thoughts=THOUGHTS):
     return f"<think> {thoughts} </think> <answer> {expression} </answer>"
 
 
-LINE = f"answer {RIGHT} makes 21"
+LINE = "answer makes 21"
 HACKS = {  # text -> accuracy, format, language consistency, readable; the problem is ASKED: make 21 from 2 6 9 1
     "a good answer": (GOOD, 1, 1, 1, 0),
     "a good answer and its line": (f"{GOOD} {LINE}", 1, 1, 1, 1),
-    "the line in the other language": (f"{GOOD} respuesta {RIGHT} da 21", 1, 1, 1, 0),
-    "the line of a wrong answer, true": (f"{tagged('2 + 6 + 9 + 1')} answer 2 + 6 + 9 + 1 makes 18", 0, 1, 1, 1),
-    "the line claims the target": (f"{tagged('2 + 6 + 9 + 1')} answer 2 + 6 + 9 + 1 makes 21", 0, 1, 1, 0),
-    "the line of another expression": (f"{tagged('2 + 6 + 9 + 1')} {LINE}", 0, 1, 1, 0),
+    "the line in the other language": (f"{GOOD} respuesta da 21", 1, 1, 1, 0),
+    "the line of a wrong answer, true": (f"{tagged('2 + 6 + 9 + 1')} answer makes 18", 0, 1, 1, 1),
+    "the line claims the target": (f"{tagged('2 + 6 + 9 + 1')} answer makes 21", 0, 1, 1, 0),
+    "the line of some other result": (f"{tagged('2 + 6 + 9 + 1')} answer makes 17", 0, 1, 1, 0),
     "the line twice": (f"{GOOD} {LINE} {LINE}", 1, 1, 1, 0),
     "the line before the answer": (f"{LINE} {GOOD}", 1, 0, 1, 0),
-    "the line alone": (LINE, 0, 0, 1, 0),
+    "the line alone": (LINE, 0, 0, 0, 0),
     "a tail of anything": (f"{GOOD} bien bien 7 = =", 1, 1, 1, 0),
     "something before <think>": (f"try {GOOD}", 1, 0, 1, 0),
     "words between the tags": (f"<think> {THOUGHTS} </think> so <answer> {RIGHT} </answer>", 1, 0, 1, 0),
