@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from helpers import countdown, data, store, train
 from helpers.countdown import Problem
-from helpers.model import DeepSeekV3, V3Config
+from helpers.model import DeepSeekV3, V3Config, sample
 
 WORDS = countdown.tokenizer()
 # The base of all reasoning notebooks: a V3 of two cores' size for 135 words, and how it is pre-trained, short and then long
@@ -34,8 +35,8 @@ EXTENSION = train.Settings(steps=350, batch_size=8, length=256, lr=1.5e-3, valid
 def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None) -> tuple[DeepSeekV3, list[train.History]]:
     """The base model, pre-trained short and then long as V3 was (section 4.3), and both histories; or the finished one of exactly these.
 
-    Short windows teach the task sooner, but at positions that no window reached a model writes nothing of use. `steps` (for tests): of the
-    first phase; the second then takes a fifth.
+    At positions that no window reached a model writes nothing of use, hence the second phase. `steps` (for tests): of the first phase; the
+    second then takes a fifth.
     """
     first = PRETRAINING if steps is None else replace(PRETRAINING, steps=steps)
     second = EXTENSION if steps is None else replace(EXTENSION, steps=max(1, steps // 5))
@@ -52,6 +53,16 @@ class Rollout(NamedTuple):
     log_probs: Tensor
     lengths: Tensor
     texts: list[str]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt, END included."""
+        return self.tokens.shape[1] - self.log_probs.shape[1]
+
+    @property
+    def ended(self) -> Tensor:
+        """bool [B]: not cut off at the longest answer allowed."""
+        return self.tokens.gather(1, self.prompt - 1 + self.lengths[:, None]).squeeze(1) == data.END
 
 
 def rollout(model: Any, problems: list[Problem], max_new_tokens: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
@@ -81,15 +92,25 @@ def sampled(model: Any, problems: list[Problem], max_new_tokens: int, seed: int 
     return Rollout(torch.cat(tokens), torch.cat(log_probs), torch.cat(lengths), sum(texts, []))
 
 
+@torch.no_grad()
 def _transformers_generate(model: Any, prompts: Tensor, max_new_tokens: int, generator: torch.Generator, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same of a transformers model, which draws from torch's global generator: tokens [B, P + n], log_probs [B, n]."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        how = {"do_sample": temperature > 0, "top_k": 0, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=max_new_tokens, eos_token_id=data.END,
-                             pad_token_id=data.END, return_dict_in_generate=True, output_logits=True, **how)
-    log_probs = torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
-    return out.sequences, log_probs.gather(-1, out.sequences[:, prompts.shape[1] :, None]).squeeze(-1)
+    """The same of a transformers model through its own cache; rows that are done leave: tokens [B, P + n], log_probs [B, n]."""
+    B, P = prompts.shape
+    tokens, log_probs = F.pad(prompts, (0, max_new_tokens), value=data.END), torch.zeros(B, max_new_tokens, device=prompts.device)
+    cache, alive, new = DynamicCache(config=model.config), torch.arange(B, device=prompts.device), prompts
+    for n in range(max_new_tokens):
+        logits = model(new, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+        drawn = sample(logits, temperature, generator)
+        tokens[alive, P + n] = drawn
+        log_probs[alive, n] = logits.log_softmax(dim=-1).gather(-1, drawn[:, None]).squeeze(-1)
+        rows = (drawn != data.END).nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return tokens[:, : P + n + 1], log_probs[:, : n + 1]
+        if len(rows) < len(alive):
+            alive = alive[rows]
+            cache.batch_select_indices(rows)
+        new = drawn[rows, None]
+    return tokens, log_probs
 
 
 def token_log_probs(model: Any, tokens: Tensor, prompt: int) -> Tensor:
@@ -111,8 +132,7 @@ def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -
     for name in rows[0]:
         values = [row[name] for row in rows if not math.isnan(row[name])]
         means[name] = sum(values) / len(values) if values else math.nan
-    ended = answers.tokens.gather(1, answers.tokens.shape[1] - answers.log_probs.shape[1] - 1 + answers.lengths[:, None]) == data.END
-    return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - ended.float().mean().item()}
+    return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - answers.ended.float().mean().item()}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- GRPO
@@ -233,8 +253,6 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
         answers = rollout(model, asked, settings.max_new_tokens, generator)
         rewards = torch.tensor([reward(settings, problem, text) for problem, text in zip(asked, answers.texts, strict=True)])
         advantage = advantages(rewards.view(-1, settings.group), settings.divide_by_std).flatten()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1, (step + 1) / settings.warmup_steps)
         order = torch.randperm(settings.questions, generator=torch.Generator().manual_seed(step))
         losses, gap, clipped = [], 0.0, []
         for n, questions in enumerate(order.tensor_split(settings.updates)):
@@ -243,7 +261,6 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
             weight[rows] = row_weights(answers.lengths[rows].cpu(), settings.level, settings.max_new_tokens)
             rows = rows[advantage[rows].abs() > 0] if not settings.kl else rows  # nothing to learn from a group that agrees
             total = 0.0
-            optimizer.zero_grad(set_to_none=True)
             for part in micro_batches(answers.lengths[rows].cpu()) if len(rows) else []:
                 loss, difference, outside = _part_loss(model, reference, answers, rows[part], advantage, weight, settings)
                 loss.backward()
@@ -252,8 +269,7 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
             check(total)
             if n == 0 and step in watch_at:  # after the check, which may save: a run that goes on from there watches this step itself
                 history["watch"].append(watch(model, step))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            optimizer.step()
+            train.descend(model, optimizer, settings.grad_clip)
             losses.append(total)
         seen = measure(asked, answers, settings.operators)
         seen |= {"reward": rewards.mean().item(), "loss": sum(losses) / len(losses), "gap": gap, "clipped": sum(clipped) / max(len(clipped), 1)}
@@ -264,20 +280,20 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
 
     history: train.History = {"watch": []}
     keep = {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()} if reference is not None else {}
-    return model, train.loop(model, optimizer, settings.steps, take_step, history, identity, folder, WORDS, 10, label, keep)
+    return model, train.loop(model, optimizer, lambda step: settings.lr * min(1, (step + 1) / settings.warmup_steps), settings.steps, take_step,
+                             history, identity, folder, WORDS, 10, label, keep)
 
 
 def _part_loss(model: Any, reference: Any, answers: Rollout, rows: Tensor, advantage: Tensor, weight: Tensor,
                settings: GRPO) -> tuple[Tensor, float, float]:
     """Loss of some rows, the largest gap between the sampler's log-probabilities and these, and the share of tokens outside the clip."""
-    prompt = answers.tokens.shape[1] - answers.log_probs.shape[1]
     n = int(answers.lengths[rows].max())
     device = answers.tokens.device
-    tokens, old = answers.tokens[rows, : prompt + n], answers.log_probs[rows, :n]
+    tokens, old = answers.tokens[rows, : answers.prompt + n], answers.log_probs[rows, :n]
     inside = torch.arange(n, device=device) < answers.lengths[rows][:, None]
-    log_probs = token_log_probs(model, tokens, prompt)
+    log_probs = token_log_probs(model, tokens, answers.prompt)
     with torch.no_grad():
-        other = token_log_probs(reference, tokens, prompt) if reference is not None else None
+        other = token_log_probs(reference, tokens, answers.prompt) if reference is not None else None
         gap = ((log_probs - old).abs() * inside).max().item()
         outside = ((((log_probs - old).exp() - 1).abs() > settings.clip) & inside).sum().item() / inside.sum().item()
     weights = weight[rows].to(device)[:, None] * inside
@@ -321,14 +337,11 @@ def sft(base: Any, examples: list[tuple[str, str]], settings: SFT, label: str, f
         tokens = torch.tensor([[*prompt, *answer] + [data.END] * (width - len(prompt) - len(answer)) for prompt, answer in chosen], device=device)
         learnt = [(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in chosen]
         inside = torch.tensor([[first <= t < last for t in range(width - 1)] for first, last in learnt], device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         loss = -(token_log_probs(model.eval(), tokens, 1) * inside).sum() / inside.sum()
         check(loss.item())
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
+        train.descend(model, optimizer, settings.grad_clip)
         history["loss"].append(loss.item())
 
-    return model, train.loop(model, optimizer, steps, take_step, {"loss": []}, identity, folder, WORDS, 100, label)
+    return model, train.loop(model, optimizer, lambda step: settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps)), steps, take_step,
+                             {"loss": []}, identity, folder, WORDS, 100, label)

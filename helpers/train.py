@@ -150,12 +150,19 @@ def _resume(model: DeepSeekV3, optimizer: torch.optim.AdamW, keep: dict[str, Ten
     return state["step"], state["history"]
 
 
-def loop(model: DeepSeekV3, optimizer: torch.optim.AdamW, steps: int, take_step: Callable[[int, History, Callable[..., None]], None],
-         history: History, identity: dict[str, Any], folder: str | Path | None, tokenizer: Tokenizer, save_every: int, label: str,
-         keep: dict[str, Tensor] | None = None) -> History:
-    """The frame of every training here: call take_step(step, history, check) for each step that `folder` does not hold yet.
+def descend(model: torch.nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
+    """One optimizer step on the gradients at hand, clipped to the norm `grad_clip`; then there are none."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
-    take_step calls check(loss) before it changes the weights, or check(loss, step + 1) after it: one that is not finite raises
+
+def loop(model: DeepSeekV3, optimizer: torch.optim.AdamW, rate: Callable[[int], float], steps: int,
+         take_step: Callable[[int, History, Callable[..., None]], None], history: History, identity: dict[str, Any], folder: str | Path | None,
+         tokenizer: Tokenizer, save_every: int, label: str, keep: dict[str, Tensor] | None = None) -> History:
+    """The frame of every training here: call take_step(step, history, check) at learning rate rate(step) for each step that `folder` lacks.
+
+    take_step calls check(loss) before it changes the weights, or check(loss, after=True) after it: one that is not finite raises
     TrainingDiverged. It adds to `history` and draws its randomness from (seed, step) alone, so that a stopped, killed or resumed run ends
     in the bits of one never stopped.
     `identity`: JSON that a resumed run must share. `keep`: more tensors that belong to the state, by name. Ctrl-C or Jupyter's stop ends
@@ -165,6 +172,7 @@ def loop(model: DeepSeekV3, optimizer: torch.optim.AdamW, steps: int, take_step:
     if folder and (folder / "latest").exists():
         start, history = _resume(model, optimizer, keep, identity, folder)
     saved = start
+    optimizer.zero_grad(set_to_none=True)  # of a step that was cut off
 
     def save(step: int) -> None:
         nonlocal saved
@@ -176,15 +184,17 @@ def loop(model: DeepSeekV3, optimizer: torch.optim.AdamW, steps: int, take_step:
     with _stop_after_step() as stop, tqdm(total=steps, initial=start, desc=label, unit="step", disable=start == steps) as bar:
         for step in range(start, steps):
 
-            def check(loss: float, step: int = step) -> None:
+            def check(loss: float, after: bool = False, step: int = step) -> None:
                 if not math.isfinite(loss):
                     kept = f"the checkpoint of step {saved} is in {folder}" if folder and saved else "no checkpoint was saved before it"
-                    rate = optimizer.param_groups[0]["lr"]
-                    raise TrainingDiverged(f"loss is {loss} at step {step}; {kept}. Try a lower lr (now {rate:g}), more warmup_steps "
+                    now = optimizer.param_groups[0]["lr"]
+                    raise TrainingDiverged(f"loss is {loss} at step {step + after}; {kept}. Try a lower lr (now {now:g}), more warmup_steps "
                                            f"or a smaller initializer_range")
-                if step % save_every == 0:  # only now is it known that the weights of the step before are good
+                if step % save_every == 0 and not after:  # only now is it known that the weights of the step before are good
                     save(step)
 
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
             began = time.perf_counter()
             take_step(step, history, check)
             took = time.perf_counter() - began
@@ -222,23 +232,21 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
         router.load.zero_()  # of a step that was cut off
     model.train()
 
+    def rate(step: int) -> float:
+        return learning_rate(step, settings)
+
     def take_step(step: int, history: History, check: Callable[..., None]) -> None:
         done = step / settings.steps * TOTAL
-        rate = learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         tokens = corpus.batch(step, settings.seed, settings.batch_size, settings.length + 1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             main, mtp, balance = losses(model, tokens)
             weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
             loss = main + weight * mtp + settings.alpha * balance
         check(loss.item())
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
+        descend(model, optimizer, settings.grad_clip)
         violations = [max_violation(router.load) for router in routers]
-        seen = {"loss": main.item(), "mtp_loss": mtp.item(), "lr": rate, "max_violation": sum(violations) / max(len(violations), 1)}
+        seen = {"loss": main.item(), "mtp_loss": mtp.item(), "lr": rate(step), "max_violation": sum(violations) / max(len(violations), 1)}
         for name, value in seen.items():
             history[name].append(value)
         snapshot = step + 1 == settings.steps or (step + 1) % settings.valid_every == 0
@@ -250,10 +258,10 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
         if snapshot:
             history["valid_step"].append(step + 1)
             history["valid_loss"].append(evaluate(model, valid))
-            check(history["valid_loss"][-1], step + 1)
+            check(history["valid_loss"][-1], after=True)
 
     history: History = {name: [] for name in ("loss", "mtp_loss", "lr", "max_violation", "valid_step", "valid_loss", "load", "bias")}
-    return loop(model, optimizer, settings.steps, take_step, history, identity, folder, corpus.tokenizer, save_every, label)
+    return loop(model, optimizer, rate, settings.steps, take_step, history, identity, folder, corpus.tokenizer, save_every, label)
 
 
 def run(config: V3Config, corpus: data.Corpus, settings: Settings, label: str) -> tuple[DeepSeekV3, History]:

@@ -651,7 +651,7 @@ torch.set_num_threads(1)
 torch.manual_seed(5)
 folder, config, settings, lesson, examples = sys.argv[1:]
 base, loop = DeepSeekV3(V3Config(**json.loads(config))).eval(), train.loop
-train.loop = lambda *args: loop(*args[:8], 3, *args[9:])
+train.loop = lambda *args: loop(*args[:9], 3, *args[10:])
 model, _ = rl.grpo(base, rl.GRPO(**json.loads(settings)), "killed", folder=folder + "/grpo")
 rl.sft(model, json.loads(examples), rl.SFT(**json.loads(lesson)), "killed", folder + "/sft")
 """
