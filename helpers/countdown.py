@@ -20,6 +20,7 @@ from helpers import data, store
 
 LARGEST = 60
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+# the last two of each language are in no text
 WORDS = {"en": dict(make="make", from_="from", try_="try", check="check", wrong="wrong", right="right", wait="wait", so="so", stuck="stuck",
                     fact="fact", answer="answer", makes="makes"),
          "es": dict(make="forma", from_="con", try_="prueba", check="revisa", wrong="mal", right="bien", wait="espera", so="entonces",
@@ -146,9 +147,10 @@ def answer_text(thoughts: str, expression: str, tagged: bool = True, summary: st
     return " ".join(part for part in parts if part)
 
 
-def summary(language: str, expression: str) -> str:
-    """The line a reader wants last, the result in the language of the question: `answer makes 21`."""
-    return f"{WORDS[language]['answer']} {WORDS[language]['makes']} {chain(expression)[-1]}"
+def summary(problem: Problem, expression: str) -> str:
+    """The line a reader wants last, the verdict on the answer in the language of the question: `check 21 right`."""
+    words = WORDS[problem.language]
+    return f"{words['check']} {problem.target} {words['right' if chain(expression)[-1] == problem.target else 'wrong']}"
 
 
 def document(writers: Writers, rng: random.Random) -> str:
@@ -231,7 +233,7 @@ def readable(problem: Problem, text: str) -> float:
     """1 if the text ends with the `summary` of its own answer, in the language of the question, whether right or wrong; else 0."""
     answer = " ".join(final_answer(text))
     known = answer in candidates(problem.digits) and text.split().count(TAGS[3]) == 1
-    return float(known and " ".join(text.split()[text.split().index(TAGS[3]) + 1 :]) == summary(problem.language, answer))
+    return float(known and " ".join(text.split()[text.split().index(TAGS[3]) + 1 :]) == summary(problem, answer))
 
 
 def thoughts(text: str) -> list[str]:

@@ -351,14 +351,14 @@ def tagged(expression, thoughts=THOUGHTS):
     return f"<think> {thoughts} </think> <answer> {expression} </answer>"
 
 
-LINE = "answer makes 21"
+LINE = "check 21 right"
 HACKS = {  # text -> accuracy, format, language consistency, readable; the problem is ASKED: make 21 from 2 6 9 1
     "a good answer": (GOOD, 1, 1, 1, 0),
     "a good answer and its line": (f"{GOOD} {LINE}", 1, 1, 1, 1),
-    "the line in the other language": (f"{GOOD} respuesta da 21", 1, 1, 1, 0),
-    "the line of a wrong answer, true": (f"{tagged('2 + 6 + 9 + 1')} answer makes 18", 0, 1, 1, 1),
-    "the line claims the target": (f"{tagged('2 + 6 + 9 + 1')} answer makes 21", 0, 1, 1, 0),
-    "the line of some other result": (f"{tagged('2 + 6 + 9 + 1')} answer makes 17", 0, 1, 1, 0),
+    "the line in the other language": (f"{GOOD} revisa 21 bien", 1, 1, 1, 0),
+    "the line of a wrong answer, true": (f"{tagged('2 + 6 + 9 + 1')} check 21 wrong", 0, 1, 1, 1),
+    "the line claims the target": (f"{tagged('2 + 6 + 9 + 1')} check 21 right", 0, 1, 1, 0),
+    "the line of some other result": (f"{tagged('2 + 6 + 9 + 1')} check 17 right", 0, 1, 1, 0),
     "the line twice": (f"{GOOD} {LINE} {LINE}", 1, 1, 1, 0),
     "the line before the answer": (f"{LINE} {GOOD}", 1, 0, 1, 0),
     "the line alone": (LINE, 0, 0, 0, 0),
@@ -475,7 +475,7 @@ def test_every_candidate_that_hits_is_right_and_no_other():
             for text in (expression, tagged(expression), countdown.answer_text("try", expression, False)):
                 assert countdown.accuracy(problem, text) == (value == problem.target)
             for language in ("en", "es"):
-                line = countdown.summary(language, expression)
+                line = countdown.summary(countdown.Problem(problem.digits, problem.target, language), expression)
                 text = countdown.answer_text("try", expression, True, line)
                 assert text.endswith(line) and countdown.readable(problem, text) == (language == problem.language) and countdown.well_formed(text)
 
@@ -541,7 +541,7 @@ def test_a_hundred_thousand_random_and_mutated_texts():
         elif kind == 2:
             right = [e for e, v in countdown.candidates(problem.digits).items() if v == problem.target]
             thoughts = rng.choice(("", "try", "try prueba check right", "A ;"))
-            line = rng.choice(("", countdown.summary(problem.language, right[0])))
+            line = rng.choice(("", countdown.summary(problem, right[0])))
             words = mutated(rng, countdown.answer_text(thoughts, rng.choice(right), rng.random() < 0.7, line).split())
         else:
             words = mutated(rng, rng.choices([*countdown.VOCABULARY[100:], *ODD], k=rng.randrange(20)))

@@ -301,7 +301,7 @@ def test_the_defaults_that_the_papers_give():
 
 
 def test_the_reward_is_the_sum_of_its_parts():
-    text = "<think> try check bien </think> <answer> 2 * 6 + 9 * 1 </answer> answer makes 21"
+    text = "<think> try check bien </think> <answer> 2 * 6 + 9 * 1 </answer> check 21 right"
     plain = GRPO(weight_format=0.0)
     assert rl.reward(plain, ASKED, text) == 1
     assert rl.reward(replace(plain, weight_format=0.25), ASKED, text) == 1.25
