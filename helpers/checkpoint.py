@@ -26,49 +26,35 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file or tensor and what would help."""
 
 
-# ------------------------------------------------------------------------------------------------------------ published names
-
-
 def _parts(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """(published name, the tensor or slice of it in our model), writable in place, for every tensor of the files."""
     N = model.config.num_hidden_layers
     for ours, tensor in model.state_dict(keep_vars=True).items():
         tensor = tensor.detach()
-        names = [ours if ours.startswith("lm_head") else f"model.{ours}"]
+        name = ours if ours.startswith("lm_head") else f"model.{ours}"
         if ours.startswith("mtp."):  # MTP module k is layer N + k in the files
             _, k, rest = ours.split(".", 2)
-            rest = rest.removeprefix("block.")
-            rest = "shared_head.norm.weight" if rest == "norm.weight" else rest
-            names = [f"model.layers.{N + int(k)}.{rest}"]
-        name = names[0]
+            name = f"model.layers.{N + int(k)}." + ("shared_head.norm.weight" if rest == "norm.weight" else rest.removeprefix("block."))
         if ".experts." not in name:
             yield name, tensor
             continue
         stem, kind = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
         for e in range(tensor.shape[0]):
-            if kind == "down_proj":
-                yield f"{stem}.{e}.down_proj.weight", tensor[e]
-            else:
-                gate, up = tensor[e].chunk(2)
-                yield f"{stem}.{e}.gate_proj.weight", gate
-                yield f"{stem}.{e}.up_proj.weight", up
+            yield from zip((f"{stem}.{e}.{part}.weight" for part in parts), tensor[e].chunk(len(parts)), strict=True)
 
 
 def _copies(model: DeepSeekV3) -> dict[str, str]:
     """The embedding and head that the files repeat in each MTP layer: published name -> the name that it equals."""
     N, depth = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
-    layers = [f"model.layers.{N + k}" for k in range(depth)]
-    return ({f"{n}.embed_tokens.weight": "model.embed_tokens.weight" for n in layers}
-            | {f"{n}.shared_head.head.weight": "lm_head.weight" for n in layers})
+    sources = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    return {f"model.layers.{N + k}.{copy}": source for copy, source in sources.items() for k in range(depth)}
 
 
 def published_parameters(model: DeepSeekV3) -> int:
     """Numbers in the published files of this model (the 685B of the Hugging Face page: embedding and head stand in them twice)."""
     sizes = {name: tensor.numel() for name, tensor in _parts(model)}
     return sum(sizes.values()) + sum(sizes[source] for source in _copies(model).values())
-
-
-# --------------------------------------------------------------------------------------------------------------------- save
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -84,15 +70,12 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
     """
     folder = Path(folder)
     inside = [p.name for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else [folder.name] * folder.exists()
-    foreign = [name for name in inside if not re.fullmatch(r"latest|checkpoint-\d{6,}", name)]
-    if foreign:
+    if foreign := [name for name in inside if not re.fullmatch(r"latest|checkpoint-\d{6,}", name)]:
         raise ValueError(f"{folder} holds {foreign[0]}, which is no checkpoint of ours: choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
-    new = folder / f"checkpoint-{max(numbers, default=0) + 1:06d}"
-    part = folder / f".part-{os.getpid()}"
+    number = max((int(name[11:]) for name in inside if name != "latest"), default=0) + 1
+    new, part, pointer = folder / f"checkpoint-{number:06d}", folder / f".part-{os.getpid()}", folder / f".latest-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    part.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in _parts(model)}
     tensors |= {name: tensors[source] for name, source in _copies(model).items()}
     shards: list[dict[str, Tensor]] = [{}]
@@ -118,31 +101,21 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
         with open(path, "rb+") as f:
             os.fsync(f.fileno())
     os.replace(part, new)
-    _point(folder, new.name)
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(new.name, target_is_directory=True)
+    except OSError:  # no links on this file system: a file with the name in it
+        pointer.write_text(new.name, encoding="utf-8")
+    os.replace(pointer, folder / "latest")
     for old in [*folder.glob("checkpoint-*"), *folder.glob(".part-*"), *folder.glob(".latest-*")]:
         if old != new:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     return new
 
 
-def _point(folder: Path, name: str) -> None:
-    """Switch `folder/latest`: a relative link, or a file with the name in it where the file system has no links."""
-    pointer = folder / f".latest-{os.getpid()}"
-    pointer.unlink(missing_ok=True)
-    try:
-        pointer.symlink_to(name, target_is_directory=True)
-    except OSError:
-        pointer.write_text(name, encoding="utf-8")
-    os.replace(pointer, folder / "latest")
-
-
-# --------------------------------------------------------------------------------------------------------------------- load
-
-
 def resolve(folder: str | Path) -> Path:
     """The folder with the files: what `latest` points to, or `folder` itself when it holds a config.json. CheckpointError if neither."""
-    folder = Path(folder)
-    pointer = folder / "latest"
+    folder, pointer = Path(folder), Path(folder, "latest")
     if pointer.is_file():
         pointer = folder / pointer.read_text(encoding="utf-8").strip()
     for place in (pointer, folder):
@@ -151,43 +124,33 @@ def resolve(folder: str | Path) -> Path:
     raise CheckpointError(f"no checkpoint in {folder}: neither config.json nor a `latest` that leads to one")
 
 
-def _json(path: Path) -> Any:
+def _read(path: Path) -> Any:
+    """What a JSON file holds, or an open safetensors file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else safe_open(path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing in {path.parent}: the checkpoint is not whole, take another copy") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}): take another copy") from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}: the checkpoint is not whole, take another copy") from None
-    except (SafetensorError, OSError, struct.error) as error:
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path.name} is damaged or truncated ({error}): take another copy") from None
 
 
 def _weight_files(folder: Path) -> dict[str, Any]:
     """Published name -> the open file that holds it, checked against the index when there is one."""
     if not (folder / INDEX).exists():
-        single = _open(folder / "model.safetensors")
+        single = _read(folder / "model.safetensors")
         return dict.fromkeys(single.keys(), single)
-    index = _json(folder / INDEX)
+    index = _read(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of names to files: take another copy")
-    outside = [f for f in weight_map.values() if Path(f).name != f or f in ("", "..")]
-    if outside:
+    if outside := [f for f in weight_map.values() if Path(f).name != f or f in ("", "..")]:
         raise CheckpointError(f"{INDEX} points outside its folder: {outside[0]!r}")
-    handles = {file: _open(folder / file) for file in sorted(set(weight_map.values()))}
+    handles = {file: _read(folder / file) for file in sorted(set(weight_map.values()))}
     inside = {name: file for file, handle in handles.items() for name in handle.keys()}
     for name, file in weight_map.items():
         if inside.get(name) != file:
             raise CheckpointError(f"tensor {name} is missing in {file}, where {INDEX} has it")
-    extra = sorted(set(inside) - set(weight_map))
-    if extra:
+    if extra := sorted(set(inside) - set(weight_map)):
         raise CheckpointError(f"tensor {extra[0]} in {inside[extra[0]]} is not in {INDEX}: an extra tensor")
     return {name: handles[file] for name, file in weight_map.items()}
 
@@ -199,7 +162,7 @@ def load(folder: str | Path) -> DeepSeekV3:
     extra, misshapen, truncated or non-float tensor is one CheckpointError that names it; nothing is returned half-read.
     """
     folder = resolve(folder)
-    raw = _json(folder / "config.json")
+    raw = _read(folder / "config.json")
     try:
         config = V3Config.from_hf(raw)
     except ValueError as error:
@@ -243,6 +206,6 @@ def _tensor(file: Any, name: str, shape: torch.Size) -> Tensor:
 def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The `extra` tensors and the `state` that were saved with the newest checkpoint. CheckpointError when there are none."""
     folder = resolve(folder)
-    state = _json(folder / "training.json")
-    with _open(folder / "training.safetensors") as file:
+    state = _read(folder / "training.json")
+    with _read(folder / "training.safetensors") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, state
