@@ -239,9 +239,7 @@ FACTS: dict[str, Fact] = {
             interruption_days=(54, "days", "the window in which interruptions were counted")),
     "llama405b.kv_bytes": Fact(516096, "bytes per token", "ISCA Table 1", "VERIFIED"),
     "llama405b.train_gflops": Fact(2448, "GFLOP per token", "ISCA Table 2", "VERIFIED", "counts half the causal attention"),
-    "llama405b.gpu_hours": Fact(30.84e6, "H100 hours", "L3card", "VERIFIED"),
-    "llama70b.gpu_hours": Fact(7.0e6, "H100 hours", "L3card", "VERIFIED"),
-    "llama8b.gpu_hours": Fact(1.46e6, "H100 hours", "L3card", "VERIFIED"),
+    **{f"llama{size}.gpu_hours": Fact(hours, "H100 hours", "L3card", "VERIFIED") for size, hours in (("405b", 30.84e6), ("70b", 7.0e6), ("8b", 1.46e6))},
     "llama31.gpu_hours": Fact(39.3e6, "H100 hours", "L3card", "VERIFIED", "the 8B, 70B and 405B models together"),
     "llama405b.gpu_hours_ratio": Fact(11.1, "x V3's GPU hours", "V3 Table 1; L3card", "DERIVED", "H100 against H800"),
     "qwen72b.kv_bytes": Fact(327680, "bytes per token", "ISCA Table 1", "VERIFIED"),
@@ -351,16 +349,11 @@ V3_CONFIG: dict[str, Any] = {
 }
 
 
-def _shape(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
-    return {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-
-
 # name -> (model_type, kwargs) for transformers.AutoConfig.for_model: enough to count parameters and KV bytes, not to load weights.
-PEERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama 3.1 405B": ("llama", _shape(128256, 16384, 53248, 126, 128, 8)),
-    "Mixtral 8x7B": ("mixtral", _shape(32000, 4096, 14336, 32, 32, 8) | {"num_local_experts": 8, "num_experts_per_tok": 2}),
-    "Mixtral 8x22B": ("mixtral", _shape(32000, 6144, 16384, 56, 48, 8) | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {name: (kind, dict(zip(_SHAPE, sizes, strict=True)) | more) for name, kind, sizes, more in (
+    ("Llama 3.1 405B", "llama", (128256, 16384, 53248, 126, 128, 8), {}),
+    ("Mixtral 8x7B", "mixtral", (32000, 4096, 14336, 32, 32, 8), {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    ("Mixtral 8x22B", "mixtral", (32000, 6144, 16384, 56, 48, 8), {"num_local_experts": 8, "num_experts_per_tok": 2}),
     # KV bytes only: 80 layers, 8 KV heads and head size 128 follow from ISCA Table 1; vocabulary, hidden, FFN, heads are MEMORY.
-    "Qwen2.5 72B": ("qwen2", _shape(152064, 8192, 29568, 80, 64, 8)),
-}
+    ("Qwen2.5 72B", "qwen2", (152064, 8192, 29568, 80, 64, 8), {}))}
