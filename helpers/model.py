@@ -64,60 +64,49 @@ class V3Config:
 
         may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
         for f in fields(self):
-            value = getattr(self, f.name)
+            value, low = getattr(self, f.name), 0 if f.name in may_be_zero else 1
             if f.type is int or (f.name == "q_lora_rank" and value is not None):
-                low = 0 if f.name in may_be_zero else 1
                 need(type(value) is int and value >= low, f.name, f"it must be an integer of at least {low}")
             elif f.type is float:
                 need(type(value) in (int, float) and 0 < value <= 1e308, f.name, "it must be a finite number above 0")
             elif f.type is bool:
                 need(type(value) is bool, f.name, "it must be true or false")
+        per_group = self.n_routed_experts // self.n_group
+        left, yarn = self.topk_group * per_group, self.rope_scaling
         need(self.rope_theta > 1, "rope_theta", "it must be above 1, so that the pairs turn at different speeds")
         need(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even")
         need(self.first_k_dense_replace <= self.num_hidden_layers, "first_k_dense_replace", f"num_hidden_layers is {self.num_hidden_layers}")
         need(self.n_routed_experts % self.n_group == 0, "n_group", f"it must divide n_routed_experts={self.n_routed_experts}")
-        per_group = self.n_routed_experts // self.n_group
         need(self.n_group == 1 or per_group >= 2, "n_group", "a group's score is the sum of its top 2, so it must hold at least 2 experts")
         need(self.topk_group <= self.n_group, "topk_group", f"it must be at most n_group={self.n_group}")
-        left = self.topk_group * per_group
         need(self.num_experts_per_tok <= left, "num_experts_per_tok", f"topk_group leaves only {left} experts to choose from")
         need(self.scoring_func in ("sigmoid", "softmax"), "scoring_func", "it must be 'sigmoid' (V3) or 'softmax' (Mixtral)")
-        if self.rope_scaling is not None:
-            self._check_rope_scaling(need)
-
-    def _check_rope_scaling(self, need: Callable[[bool, str, str], None]) -> None:
-        scaling = self.rope_scaling
-        need(isinstance(scaling, Mapping), "rope_scaling", "it must be null or an object with type 'yarn'")
-        kind = scaling.get("rope_type", scaling.get("type"))
-        need(kind == "yarn", "rope_scaling", "only type 'yarn' is computed (null for plain RoPE)")
-        need(scaling.get("truncate", True) is True, "rope_scaling", "truncate=false is not computed")
-        known = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
-        for name in known:
-            value = scaling.get(name)
-            number = type(value) in (int, float) and 0 <= value <= 1e308
-            need(value is None or number, "rope_scaling", f"{name} must be a number of at least 0")
-        need(bool(scaling.get("original_max_position_embeddings")), "rope_scaling", "original_max_position_embeddings is missing")
-        need((scaling.get("factor") or 1) >= 1, "rope_scaling", "factor must be at least 1")
-        fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-        need(fast >= slow, "rope_scaling", "beta_fast must be at least beta_slow")
+        if yarn is None:
+            return
+        need(isinstance(yarn, Mapping), "rope_scaling", "it must be null or an object with type 'yarn'")
+        need(yarn.get("rope_type", yarn.get("type")) == "yarn", "rope_scaling", "only type 'yarn' is computed (null for plain RoPE)")
+        need(yarn.get("truncate", True) is True, "rope_scaling", "truncate=false is not computed")
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+            number = type(yarn.get(name)) in (int, float) and 0 <= yarn[name] <= 1e308
+            need(number or yarn.get(name) is None, "rope_scaling", f"{name} must be a number of at least 0")
+        need(bool(yarn.get("original_max_position_embeddings")), "rope_scaling", "original_max_position_embeddings is missing")
+        need((yarn.get("factor") or 1) >= 1, "rope_scaling", "factor must be at least 1")
+        need((yarn.get("beta_fast") or 32) >= (yarn.get("beta_slow") or 1), "rope_scaling", "beta_fast must be at least beta_slow")
 
     @classmethod
     def deepseek_v3(cls) -> "V3Config":
         """The 671B model, YaRN factor 40 over 4,096 positions (V3 sections 4.2 and 4.3, inference/configs/config_671B.json)."""
-        yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
-                "mscale_all_dim": 1.0}
-        return cls(rope_scaling=yarn)
+        return cls(rope_scaling={"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+                                 "mscale": 1.0, "mscale_all_dim": 1.0})
 
     @classmethod
     def tiny(cls, **changes: Any) -> "V3Config":
         """A V3 for two cores, every mechanism in it. The initial std keeps V3's ratio to its width: 0.006 * sqrt(7168 / hidden_size)."""
-        small = dict(
+        return cls(**dict(
             vocab_size=2048, hidden_size=128, intermediate_size=384, moe_intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1,
             q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, max_position_embeddings=1024,
-            initializer_range=0.045, routed_scaling_factor=1.0,
-        )
-        return cls(**(small | changes))
+            initializer_range=0.045, routed_scaling_factor=1.0) | changes)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "V3Config":
@@ -129,29 +118,22 @@ class V3Config:
         if not isinstance(config, Mapping):
             raise ValueError(f"a config must be a JSON object, not {type(config).__name__}")
         config = dict(config)
-        for name, values in _ONLY.items():
+        heads = config.get("num_attention_heads", cls.num_attention_heads)
+        for name, values in (_ONLY | {"num_key_value_heads": (heads, None)}).items():  # MLA has a key and a value for each head
             if name in config and config[name] not in values:
                 raise ValueError(f"{name}={config[name]!r} is not computed here: it must be {values[0]!r}")
-        heads = config.get("num_key_value_heads")
-        if heads is not None and heads != config.get("num_attention_heads", cls.num_attention_heads):
-            raise ValueError(f"num_key_value_heads={heads!r} is not computed here: in MLA it equals num_attention_heads")
         for other, name in (("num_mtp_layers", "num_nextn_predict_layers"), ("num_local_experts", "n_routed_experts")):
             if other in config:
                 config.setdefault(name, config[other])
         rope = config.get("rope_parameters")
         if rope is not None:
-            if not isinstance(rope, Mapping):
-                raise ValueError(f"rope_parameters={rope!r} must be an object or null")
-            if rope.get("partial_rotary_factor", 1.0) != 1.0:
-                raise ValueError("rope_parameters: partial_rotary_factor must be 1 (or absent)")
+            if not isinstance(rope, Mapping) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+                raise ValueError(f"rope_parameters={rope!r} is not computed here: it must be null, or an object with partial_rotary_factor 1 or none")
             config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            config["rope_scaling"] = None if kind == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+            config["rope_scaling"] = {"rope_type": rope.get("type", "default")} | {k: v for k, v in rope.items() if k != "rope_theta"}
         scaling = config.get("rope_scaling")
-        if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "default":
-            config["rope_scaling"] = None
-        if isinstance(config.get("rope_scaling"), Mapping):
-            config["rope_scaling"] = dict(config["rope_scaling"])  # a copy: transformers writes into the dicts that it is given
+        if isinstance(scaling, Mapping):  # a copy: transformers writes into the dicts that it is given
+            config["rope_scaling"] = None if scaling.get("rope_type", scaling.get("type")) == "default" else dict(scaling)
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_hf(self) -> dict[str, Any]:
@@ -353,8 +335,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, H] -> weights [N, K] and expert indices [N, K], in float32 whatever the autocast."""
         cfg = self.config
-        autocast = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
             logits = F.linear(x.flatten(0, -2).float(), self.weight.float())
             scores = logits.sigmoid() if cfg.scoring_func == "sigmoid" else logits.softmax(dim=-1)
             with torch.no_grad():
