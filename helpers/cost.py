@@ -20,8 +20,8 @@ def _check(low: float, high: float, remedy: str = "", **fields: Any) -> None:
         try:
             numbers = np.asarray(value if isinstance(value, (int, float, np.number, np.ndarray)) else np.nan, dtype=float)
         except (TypeError, ValueError, OverflowError):
-            numbers = np.array(np.nan)
-        if not (np.isfinite(numbers).all() and (numbers >= low).all() and (numbers <= high).all()):
+            numbers = np.nan
+        if not np.all((numbers >= low) & (numbers <= high)):  # also not where a number is NaN
             raise ValueError(f"{name}={value!r} cannot be: {remedy or f'use a finite number from {low:g} to {high:g}'}")
 
 
@@ -129,12 +129,9 @@ class Row:
         _check(0, 1e150, hours=self.hours)
 
 
-def _rows(keys: dict[str, str]) -> list[Row]:
-    return [Row(name, fact(key).value, fact(key).source, fact(key).status) for name, key in keys.items()]
-
-
-V3_RUN = _rows({"pre-training": "v3.gpu_hours_pretrain", "context extension": "v3.gpu_hours_context", "post-training": "v3.gpu_hours_post"})
-R1_RUN = _rows({"R1-Zero": "r1.gpu_hours_zero", "R1 SFT data": "r1.gpu_hours_sft_data", "R1": "r1.gpu_hours_r1"})
+V3_RUN, R1_RUN = ([Row(name, fact(key).value, fact(key).source, fact(key).status) for name, key in run.items()] for run in (
+    {"pre-training": "v3.gpu_hours_pretrain", "context extension": "v3.gpu_hours_context", "post-training": "v3.gpu_hours_post"},
+    {"R1-Zero": "r1.gpu_hours_zero", "R1 SFT data": "r1.gpu_hours_sft_data", "R1": "r1.gpu_hours_r1"}))
 V3_ATTENTION = flops_per_token(V3Config.deepseek_v3(), fact("v3.train.seq_len").value)["attention over tokens"]  # FLOP per token
 
 
