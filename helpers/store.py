@@ -57,12 +57,13 @@ def checkpoint_dir(label: str, /, **parts) -> Path:
     return cache_dir() / f"{label}-{key(**parts)}"
 
 
-def _load(path: Path, parameters: dict) -> dict | None:
-    """The result file at `path`: None where there is none, {} where it was made with other parameters."""
+def _seeds(path: Path, parameters: dict) -> dict[int, dict] | None:
+    """{seed: data} of the result file at `path`: None where there is no file, {} where it was made with other parameters."""
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if key(parameters=found["parameters"]) == key(parameters=parameters) else {}
+    same = key(parameters=found["parameters"]) == key(parameters=parameters)
+    return {int(seed): data for seed, data in found["seeds"].items()} if same else {}
 
 
 def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
@@ -78,17 +79,13 @@ def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
     except ValueError as error:
         raise ValueError(f"{name}, seed {seed}: only finite numbers can be recorded ({error})") from error
     path = results_dir() / f"{name}.json"
-    old = _load(path, parameters)
-    if old == {}:
-        path = results_dir() / f"{name}.other.json"
-        old = _load(path, parameters)
-    seeds = {**(old or {}).get("seeds", {}), str(seed): json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))}
-
+    path = path.with_name(f"{name}.other.json") if _seeds(path, parameters) == {} else path
+    seeds = (_seeds(path, parameters) or {}) | {seed: json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))}
     code = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         code.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     versions = {"python": platform.python_version(), "torch": version("torch"), "code": code.hexdigest()[:12]}
-    result = {"name": name, "parameters": parameters, "versions": versions, "seeds": dict(sorted(seeds.items(), key=lambda s: int(s[0])))}
+    result = {"name": name, "parameters": parameters, "versions": versions, "seeds": dict(sorted(seeds.items()))}
     text = json.dumps(result, indent=1, default=_fields, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -100,6 +97,6 @@ def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
 def recorded(name: str, parameters: dict) -> dict[int, dict]:
     """{seed: data} recorded with exactly these parameters, from NAME.json or else NAME.other.json; {} when there is none."""
     for path in (results_dir() / f"{name}.json", results_dir() / f"{name}.other.json"):
-        if found := _load(path, parameters):
-            return {int(seed): data for seed, data in found["seeds"].items()}
+        if found := _seeds(path, parameters):
+            return found
     return {}
