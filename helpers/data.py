@@ -39,9 +39,8 @@ def _is_text(path: Path) -> bool:
 
 def stdlib_files() -> list[Path]:
     """The running interpreter's own library, 11 MB, sorted; no tests, no installed packages, no file with this machine's paths."""
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    skip.add("pydoc_data")  # one generated file of prose, as large as all other validation files together
-    paths = []
+    # pydoc_data is one generated file of prose, as large as all other validation files together
+    skip, paths = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}, []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = set(folders) - skip
         paths += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
@@ -88,8 +87,7 @@ class Corpus:
     def batch(self, step: int, seed: int, batch_size: int, length: int) -> torch.Tensor:
         """Random windows of train, int64 [batch_size, length], by (seed, step) alone. ValueError for a window longer than the text."""
         windows = _windows(self.train, length, "training")
-        digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed} {step}".encode()).hexdigest()[:16], 16) >> 1)
         return windows[torch.randint(len(windows), (batch_size,), generator=generator)].long()
 
     def valid_batch(self, n: int, length: int) -> torch.Tensor:
@@ -168,16 +166,15 @@ def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: in
             max_bytes -= len(content[path])
             if max_bytes < 0:
                 max_bytes += len(content.pop(path))
-    documents = {"train": [], "valid": []}
-    fingerprint = hashlib.sha256()
+    documents, fingerprint = {"train": [], "valid": []}, hashlib.sha256()
     for path, text in content.items():
         documents["valid" if is_valid(path) else "train"].append(text.decode("utf-8"))
         fingerprint.update(f"{path}\0{len(text)}\0".encode() + text)
     for split, texts in documents.items():
         if not texts:
             raise ValueError(f"no {split} file among the {len(content)} of {str(root)!r}: 1 in 12 is for validation, so give a few dozen")
-    parts = {"contents": fingerprint.hexdigest(), "vocab_size": vocab_size, "pieces": PIECES, "share": VALID_SHARE}
-    cache = store.checkpoint_dir("corpus", **parts, tokenizers=tokenizers.__version__)
+    cache = store.checkpoint_dir("corpus", contents=fingerprint.hexdigest(), vocab_size=vocab_size, pieces=PIECES, share=VALID_SHARE,
+                                 tokenizers=tokenizers.__version__)
     tokenizer, tokens = _tokenized(documents, vocab_size, cache)
     fingerprint.update(f"{vocab_size}\0{tokenizer.to_str()}".encode())
     name = "Python {}.{} standard library".format(*sys.version_info) if folder is None else root.resolve().name
