@@ -193,8 +193,7 @@ def corpus(writers: Writers, tokens: int, seed: int, valid_tokens: int = 50_000)
     for split, size in (("train", tokens), ("valid", valid_tokens)):
         rng, ids = random.Random(f"{split} {seed}"), []
         while len(ids) < size:
-            ids += [words[word] for word in document(writers, rng).split()]
-            ids.append(data.END)
+            ids += [*(words[word] for word in document(writers, rng).split()), data.END]
         streams[split] = torch.tensor(ids, dtype=torch.int32)
     valid_bytes = len(tokenizer().decode(streams["valid"].tolist(), skip_special_tokens=False).encode())
     fingerprint = store.key(writers=writers, seed=seed, vocabulary=VOCABULARY, tokens=tokens, valid=valid_tokens,
