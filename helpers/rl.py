@@ -314,6 +314,7 @@ class SFT:
     beta2: float = 0.95
     weight_decay: float = 0.1
     grad_clip: float = 1.0
+    by_length: bool = True  # texts of like length share a batch: faster, but where lengths differ much, a token of a short one weighs more
     seed: int = 0
 
 
@@ -330,7 +331,7 @@ def sft(base: Any, examples: list[tuple[str, str]], settings: SFT, label: str, f
 
     def take_step(step: int, history: train.History, check: Callable[..., None]) -> None:
         rng = random.Random(f"{settings.seed} {step // batches}")
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1]) + 20 * rng.random()))  # like lengths together, yet mixed
+        order = sorted(range(len(rows)), key=lambda i: settings.by_length * len(rows[i][1]) + 20 * rng.random())  # like lengths, yet mixed
         starts = rng.sample(range(batches), batches)
         chosen = [rows[i] for i in order[starts[step % batches] * settings.batch_size :][: settings.batch_size]]
         width = max(len(prompt) + len(answer) for prompt, answer in chosen)

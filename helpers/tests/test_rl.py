@@ -537,6 +537,17 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own(base, monkeypa
     assert sorted(epochs[0]) == sorted(epochs[1]) == expected and epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_batches_hold_like_lengths_or_all_lengths(base, monkeypatch, by_length):
+    """A word's weight in the epoch's losses: the same for all only where every batch mixes the lengths."""
+    short, long = ("make 5 from 5 1 9 9 A", "right"), ("make 5 from 5 1 9 9 A", "try " * 30)
+    seen, log_probs = [], rl.token_log_probs
+    monkeypatch.setattr(rl, "token_log_probs", lambda model, tokens, prompt: seen.append(tokens) or log_probs(model, tokens, prompt))
+    rl.sft(base, [short, long] * 20, replace(LESSON, batch_size=10, by_length=by_length), "lengths")
+    shorts = [sum(len(WORDS.decode(row.tolist()).split()) < 20 for row in tokens) for tokens in seen[:4]]
+    assert sum(shorts) == 20 and (sorted(shorts) == [0, 0, 10, 10]) == by_length
+
+
 def test_the_learning_rate_of_fine_tuning_falls_to_a_tenth(base, monkeypatch):
     rates, optimizers, adamw, clip = [], [], train.adamw, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(train, "adamw", lambda *args: optimizers.append(adamw(*args)) or optimizers[-1])
