@@ -220,12 +220,12 @@ def accuracy(problem: Problem, text: str, operators: str = "+-*") -> float:
 
 
 def well_formed(text: str) -> float:
-    """1 for `<think> ... </think> <answer> seven words </answer>`, each tag once, nothing before it; anything may follow. Else 0."""
+    """1 for `<think> ... </think> <answer> seven words </answer>`, each tag once, nothing before it; a last line may follow. Else 0."""
     words = text.split()
     if not all(words.count(tag) == 1 for tag in TAGS):
         return 0.0
     places = [words.index(tag) for tag in TAGS]
-    return float(places[0] == 0 and places[2] == places[1] + 1 and places[3] == places[2] + 8)
+    return float(places[0] == 0 and places[1] > 0 and places[2] == places[1] + 1 and places[3] == places[2] + 8)
 
 
 def readable(problem: Problem, text: str) -> float:
