@@ -577,7 +577,7 @@ WAYS = pytest.mark.parametrize("kind", ["grpo", "grpo with a reference", "sft"])
 
 
 def save_every(monkeypatch, n):
-    monkeypatch.setattr(train, "loop", lambda *args: LOOP(*args[:8], n, *args[9:]))
+    monkeypatch.setattr(train, "loop", lambda *args: LOOP(*args[:9], n, *args[10:]))
 
 
 def interrupted(monkeypatch, at, act=_thread.interrupt_main):
