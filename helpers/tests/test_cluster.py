@@ -183,7 +183,7 @@ def test_dualpipev_has_the_order_of_torch(ranks, micro):
         assert ours == order
 
 
-# the upper half of the picture in the report and the DualPipe repository, read off its colours, white cells left out; the lower half mirrors it
+# the upper half of the picture in the report and the DualPipe repository, by the published rules, white cells left out; the lower half mirrors it
 PICTURE = [
     "F F F F F F F F I W F I W F I W F FB FB FB FB FB FB B FB B FB B FB B I W I W I W I W",
     "F F F F F F F F I W F I W F FB FB FB FB FB FB FB FB B FB B FB B B I I W I W I W W",
