@@ -334,15 +334,20 @@ def sft(base: Any, examples: list[tuple[str, str]], settings: SFT, label: str, f
         order = sorted(range(len(rows)), key=lambda i: settings.by_length * len(rows[i][1]) + 20 * rng.random())  # like lengths, yet mixed
         starts = rng.sample(range(batches), batches)
         chosen = [rows[i] for i in order[starts[step % batches] * settings.batch_size :][: settings.batch_size]]
-        width = max(len(prompt) + len(answer) for prompt, answer in chosen)
-        tokens = torch.tensor([[*prompt, *answer] + [data.END] * (width - len(prompt) - len(answer)) for prompt, answer in chosen], device=device)
-        learnt = [(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in chosen]
-        inside = torch.tensor([[first <= t < last for t in range(width - 1)] for first, last in learnt], device=device)
-        loss = -(token_log_probs(model.eval(), tokens, 1) * inside).sum() / inside.sum()
-        check(loss.item())
-        loss.backward()
+        learnt, total = sum(len(answer) for _, answer in chosen), 0.0
+        widths = [len(prompt) + len(answer) for prompt, answer in chosen]
+        parts = [range(len(chosen))] if settings.by_length else micro_batches(torch.tensor(widths), 1024)  # the same sum, with less padding
+        for part in parts:
+            texts, width = [chosen[i] for i in part], max(widths[i] for i in part)
+            tokens = torch.tensor([[*prompt, *answer] + [data.END] * (width - len(prompt) - len(answer)) for prompt, answer in texts], device=device)
+            inside = torch.tensor([[len(prompt) - 1 <= t < len(prompt) + len(answer) - 1 for t in range(width - 1)] for prompt, answer in texts],
+                                  device=device)
+            loss = -(token_log_probs(model.eval(), tokens, 1) * inside).sum() / learnt
+            loss.backward()
+            total += loss.item()
+        check(total)
         train.descend(model, optimizer, settings.grad_clip)
-        history["loss"].append(loss.item())
+        history["loss"].append(total)
 
     return model, train.loop(model, optimizer, lambda step: settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps)), steps, take_step,
                              {"loss": []}, identity, folder, WORDS, 100, label)

@@ -522,8 +522,9 @@ def test_fine_tuning_learns_the_answers_and_only_them(kind):
             total, count = total - scores[torch.arange(len(row) - 1), row[1:]][-n:].sum().item(), count + n
         return total / count
 
-    _, whole = rl.sft(base, EXAMPLES, replace(LESSON, epochs=1, batch_size=100), "one batch")
-    assert whole["loss"] == [pytest.approx(mean(base), rel=1e-4)], "the mean over all tokens of the answers, their end included"
+    for by_length in (True, False):  # False: the batch is calculated in parts of like length
+        _, whole = rl.sft(base, EXAMPLES, replace(LESSON, epochs=1, batch_size=100, by_length=by_length), "one batch")
+        assert whole["loss"] == [pytest.approx(mean(base), rel=1e-4)], "the mean over all tokens of the answers, their end included"
     assert mean(model) < mean(base) - 1
 
 
@@ -535,6 +536,12 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own(base, monkeypa
     expected = sorted(f"{prompt} {answer}" for prompt, answer in EXAMPLES)
     epochs = [[WORDS.decode(row.tolist()) for tokens in seen[n : n + 5] for row in tokens] for n in (0, 5)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == expected and epochs[0] != epochs[1]
+
+
+def test_a_batch_of_all_lengths_in_parts_teaches_what_the_whole_batch_does(base):
+    lesson = replace(LESSON, epochs=4, batch_size=100)
+    whole, parts = (rl.sft(base, examples(60), replace(lesson, by_length=by_length), "parts")[1]["loss"] for by_length in (True, False))
+    assert parts == pytest.approx(whole, rel=1e-3) and whole[-1] < whole[0] - 0.1
 
 
 @pytest.mark.parametrize("by_length", [True, False])
