@@ -1,12 +1,10 @@
-"""What a training run costs: FLOPs per token from a config, GPU hours, dollars, ledgers, and ranges where a number is not known.
+"""What a training run costs: FLOPs per token from a config, GPU hours and dollars.
 
 Training is 6 FLOP per weight and token: a multiply and an add, once forward and twice backward. Lookups, norms, softmax, optimizer and
 recomputation are not counted. Rates are TFLOP/s of one GPU. All raise ValueError for input that cannot be (negative, NaN, infinite).
 """
-from dataclasses import dataclass
+from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from helpers.facts import FACTS, fact
 from helpers.model import V3Config
@@ -15,13 +13,9 @@ ASSUMED = "ASSUMED: ours, not published"
 
 
 def _check(low: float, high: float, remedy: str = "", **fields: Any) -> None:
-    """ValueError unless each field (a number or an array of them) is finite and from low to high."""
+    """ValueError unless each field is a finite number from low to high."""
     for name, value in fields.items():
-        try:
-            numbers = np.asarray(value if isinstance(value, (int, float, np.number, np.ndarray)) else np.nan, dtype=float)
-        except (TypeError, ValueError, OverflowError):
-            numbers = np.nan
-        if not np.all((numbers >= low) & (numbers <= high)):  # also not where a number is NaN
+        if not (isinstance(value, Real) and low <= value <= high):  # NaN is not
             raise ValueError(f"{name}={value!r} cannot be: {remedy or f'use a finite number from {low:g} to {high:g}'}")
 
 
@@ -103,89 +97,7 @@ def rate(flop: float, hours: float) -> float:
     return flop / (hours * 3600) / 1e12
 
 
-def days(hours: float, gpus: float) -> float:
-    """Days on the clock that `hours` GPU hours take on `gpus` GPUs."""
-    _check(0, 1e200, hours=hours)
-    _check(1, 1e12, gpus=gpus)
-    return hours / gpus / 24
-
-
 def dollars(hours: float, price: float) -> float:
     """USD for `hours` GPU hours at `price` USD each."""
     _check(0, 1e150, hours=hours, price=price)
     return hours * price
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a ledger, in GPU hours; status is one of `facts.STATUSES` or ASSUMED."""
-
-    name: str
-    hours: float
-    source: str
-    status: str
-
-    def __post_init__(self) -> None:
-        _check(0, 1e150, hours=self.hours)
-
-
-V3_RUN, R1_RUN = ([Row(name, fact(key).value, fact(key).source, fact(key).status) for name, key in run.items()] for run in (
-    {"pre-training": "v3.gpu_hours_pretrain", "context extension": "v3.gpu_hours_context", "post-training": "v3.gpu_hours_post"},
-    {"R1-Zero": "r1.gpu_hours_zero", "R1 SFT data": "r1.gpu_hours_sft_data", "R1": "r1.gpu_hours_r1"}))
-V3_ATTENTION = flops_per_token(V3Config.deepseek_v3(), fact("v3.train.seq_len").value)["attention over tokens"]  # FLOP per token
-
-
-@dataclass(frozen=True)
-class Range:
-    """A value that is not known: from low to high, most likely `mode`; `why` says what it leans on."""
-
-    low: float
-    mode: float
-    high: float
-    unit: str
-    why: str
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.mode <= self.high < float("inf"):
-            raise ValueError(f"low={self.low}, mode={self.mode}, high={self.high} cannot be: put finite numbers from 0 on in this order")
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g} {self.unit}, most likely {self.mode:g} ({ASSUMED}; {self.why})"
-
-
-RANGES = {
-    "price": Range(1, fact("v3.usd_per_gpu_hour").value, 4, "USD per H800 hour", "the report prints 2, itself an assumed rent"),
-    "mfu": Range(0.25, fact("v3.mfu").value, 0.45, "of the H800's BF16 peak", "V3's published one, causal, in the middle"),
-    "full_runs": Range(1, 1, 3, "full pre-training runs", "the report tells of one, without a rollback"),
-    "experiments": Range(0.2, 1, 4, "full runs' worth of trials", "the low end is near what the report's own ablations took"),
-}
-
-
-def project(price: Any, mfu: Any, full_runs: Any = 1, experiments: Any = 0, r1: bool = False,
-            tokens: Any = fact("v3.tokens").value, active: Any = fact("v3.recomputed_active_head_only").value) -> dict[str, Any]:  # noqa: B008
-    """{"hours", "usd"} of making a V3-like model on H800s; numbers, or arrays of one shape.
-
-    Pre-training is (6 x active + V3's causal attention at length 4096) FLOP per token at `mfu` of the BF16 peak, done `full_runs` times, and
-    `experiments` times more in trials. V3's hours of context extension and post-training are added, and R1's if `r1`. `active` are the weights
-    that one token uses, without the embedding.
-    """
-    _check(1e-6, 1, "it is a share of the peak, use more than 0 and at most 1", mfu=mfu)
-    _check(0, 1e20, price=price, full_runs=full_runs, experiments=experiments, tokens=tokens, active=active)
-    once = gpu_hours((6.0 * active + V3_ATTENTION) * tokens, mfu * peak("h800", "bf16"))
-    hours = once * (full_runs + experiments) + sum(row.hours for row in V3_RUN[1:] + R1_RUN * bool(r1))
-    return {"hours": hours, "usd": dollars(hours, price)}
-
-
-def sample(n: int, seed: int, ranges: dict[str, Range] = RANGES, r1: bool = True) -> dict[str, np.ndarray]:
-    """`n` draws of `project`, each range a triangle over low, mode, high, independent of the others. Same seed, same draws."""
-    _check(1, 1e7, n=n)
-    draw = np.random.default_rng(seed).triangular
-    return project(**{name: draw(r.low, r.mode, r.high, n) if r.low < r.high else r.mode for name, r in ranges.items()}, r1=r1)
-
-
-def tornado(ranges: dict[str, Range] = RANGES, r1: bool = True) -> dict[str, tuple[float, float]]:
-    """{name: (USD at its low, USD at its high)}, all other ranges at their mode, and "r1" left out and put in; widest first."""
-    modes = {name: r.mode for name, r in ranges.items()}
-    bars = {name: tuple(project(**modes | {name: v}, r1=r1)["usd"] for v in (r.low, r.high)) for name, r in ranges.items()}
-    bars["r1"] = tuple(project(**modes, r1=included)["usd"] for included in (False, True))
-    return dict(sorted(bars.items(), key=lambda bar: -abs(bar[1][1] - bar[1][0])))
