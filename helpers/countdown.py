@@ -94,9 +94,6 @@ def problems(split: str, n: int, seed: int, operators: str = "+-*", language: st
     return drawn
 
 
-# ------------------------------------------------------------------------------------------------------------------ the writers
-
-
 @dataclass(frozen=True)
 class Writers:
     """Who wrote the corpus: per language the share of answers that verify, and how often such a writer gives up after a wrong try."""
@@ -199,9 +196,6 @@ def corpus(writers: Writers, tokens: int, seed: int, valid_tokens: int = 50_000)
     fingerprint = store.key(writers=writers, seed=seed, vocabulary=VOCABULARY, tokens=tokens, valid=valid_tokens,
                             content=hashlib.sha256(streams["train"].numpy().tobytes()).hexdigest())
     return data.Corpus("ordered Countdown", tokenizer(), streams["train"], streams["valid"], valid_bytes, fingerprint, {})
-
-
-# ------------------------------------------------------------------------------------------------------------------ the rewards
 
 
 def final_answer(text: str) -> list[str]:

@@ -135,9 +135,6 @@ def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -
     return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - answers.ended.float().mean().item()}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- GRPO
-
-
 @dataclass(frozen=True)
 class GRPO:
     """One RL run. R1-Zero had 32 questions x 16 answers, lr 3e-6, KL 0.001, a reference new every 400 steps, temperature 1 (R1 v2)."""
@@ -298,9 +295,6 @@ def _part_loss(model: Any, reference: Any, answers: Rollout, rows: Tensor, advan
         outside = ((((log_probs - old).exp() - 1).abs() > settings.clip) & inside).sum().item() / inside.sum().item()
     weights = weight[rows].to(device)[:, None] * inside
     return grpo_loss(log_probs, old, advantage[rows].to(device), weights, settings.clip, settings.kl, other), gap, outside
-
-
-# -------------------------------------------------------------------------------------------------- supervised fine-tuning
 
 
 @dataclass(frozen=True)
