@@ -150,9 +150,6 @@ class V3Config:
         return replace(self, **changes)
 
 
-# ---------------------------------------------------------------------------------------------------------- positions (section 4.3)
-
-
 def rope_frequencies(config: V3Config) -> tuple[Tensor, float, float]:
     """(inverse frequencies [dr/2], factor on cos and sin, softmax scale) of the decoupled RoPE, with YaRN when the config has it.
 
@@ -189,9 +186,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Interleaved RoPE: the pairs (x0, x1), (x2, x3), ... of x [..., dr] are complex numbers; turn [..., dr/2] multiplies them."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-# ------------------------------------------------------------------------------------------- multi-head latent attention (2.1.1)
 
 
 class LatentCache:
@@ -289,9 +283,6 @@ class MLA(nn.Module):
                 mask = None if T == 1 else torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
                 out = self.absorbed(q_nope, q_rope, cache.rows[layer][:, : start + T], mask)
         return self.o_proj(out.flatten(-2))
-
-
-# --------------------------------------------------------------------------------------------------------- DeepSeekMoE (2.1.2)
 
 
 class MLP(nn.Module):
@@ -444,9 +435,6 @@ class MoE(nn.Module):
         weights, index = self.gate(x)
         out = self.experts(x.flatten(0, -2), weights, index).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
-
-
-# ------------------------------------------------------------------------------------------------------- the transformer and MTP
 
 
 class Block(nn.Module):
