@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,12 +22,6 @@ def cache_dir() -> Path:
 def results_dir() -> Path:
     """`home()/notebooks/results`: the recorded numbers that the figures draw."""
     return home() / "notebooks" / "results"
-
-
-def clear() -> None:
-    """Remove `cache_dir()` and all in it; recorded results stay."""
-    if cache_dir().exists():
-        shutil.rmtree(cache_dir())
 
 
 def _fields(value):
