@@ -4,6 +4,7 @@ As of 2026-11-22. `fact("v3.total_params")` prints as `671B parameters (V3 §4.2
 """
 
 import difflib
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,19 +294,8 @@ def fact(key: str) -> Fact:
     return FACTS[key]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What the article says, what is asked of it here, and how the answer came out."""
-
-    letter: str
-    claim: str
-    question: str
-    verdict: str
-    correction: str
-    source: str
-    notebook: str
-
-
+# what the article says, what is asked of it here, and how the answer came out
+Claim = namedtuple("Claim", "letter claim question verdict correction source notebook")
 CLAIMS: list[Claim] = [
     Claim("a", "R1 was made from V3-Base by SFT and RL.", "Which stages does R1 need, and what does each add?", "CORRECT",
           "Two SFT and two RL stages; the 800K-sample SFT starts again from V3-Base.", "R1v1 §1; R1repo", "09_r1"),
