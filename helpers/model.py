@@ -478,11 +478,6 @@ class Speculation(NamedTuple):
     accepted: int
 
 
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids must be whole numbers of shape [batch, tokens > 0], not {input_ids.dtype} {list(input_ids.shape)}")
-
-
 class DeepSeekV3(nn.Module):
     """The whole model: `model(input_ids [B, T]) -> logits [B, T, V]`."""
 
@@ -512,14 +507,13 @@ class DeepSeekV3(nn.Module):
 
     def hidden(self, input_ids: Tensor, cache: LatentCache | None = None) -> Tensor:
         """input_ids [B, T] -> last hidden state after the final norm [B, T, H]. ValueError for a wrong shape or too long a text."""
-        _check_ids(input_ids)
-        start, T = (cache.length if cache else 0), input_ids.shape[1]
-        self._check_length(start + T)
-        x, rope = self.embed_tokens(input_ids), self.rope(start, T)
+        start = cache.length if cache else 0
+        self._check(input_ids, start)
+        x, rope = self.embed_tokens(input_ids), self.rope(start, input_ids.shape[1])
         for n, block in enumerate(self.layers):
             x = block(x, rope, cache, n)
         if cache is not None:
-            cache.length += T
+            cache.length += input_ids.shape[1]
         return self.norm(x)
 
     def forward(self, input_ids: Tensor, cache: LatentCache | None = None) -> Tensor:
@@ -535,18 +529,19 @@ class DeepSeekV3(nn.Module):
             out.append(self.lm_head(hidden))
         return out
 
-    def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.max_position_embeddings:
-            raise ValueError(f"{tokens} tokens do not fit max_position_embeddings={self.config.max_position_embeddings}: "
+    def _check(self, input_ids: Tensor, more: int) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be whole numbers of shape [batch, tokens > 0], not {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.shape[1] + more > self.config.max_position_embeddings:
+            raise ValueError(f"{input_ids.shape[1] + more} tokens do not fit max_position_embeddings={self.config.max_position_embeddings}: "
                              "shorten the prompt, ask for fewer tokens, or extend the context with YaRN")
 
     def _start(self, input_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
-        _check_ids(input_ids)
+        self._check(input_ids, max_new_tokens)
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
             raise ValueError(f"input_ids must lie in 0..{self.config.vocab_size - 1} (vocab_size={self.config.vocab_size})")
         if max_new_tokens < 0 or not math.isfinite(temperature) or temperature < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} and temperature={temperature} must be at least 0")
-        self._check_length(input_ids.shape[-1] + max_new_tokens)
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, eos_token_id: int | None = None,
