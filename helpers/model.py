@@ -360,29 +360,25 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.k = k
+        ctx.ways = order, place, k
         return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+        return _Combine.apply(grad, *ctx.ways), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y [N*K, H] in expert order -> the sum of each token's K rows [N, H]: the transpose of `_Dispatch`."""
+    """y [N*K, H] in expert order -> the sum of each token's K rows [N, H]: the transpose of `_Dispatch`, so each is the other's gradient."""
 
     @staticmethod
     def forward(ctx, y: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
+        ctx.ways = order, place, k
         return y.index_select(0, place).unflatten(0, (-1, k)).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.k), None, None, None
+        return _Dispatch.apply(grad, *ctx.ways), None, None, None
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
