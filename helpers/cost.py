@@ -1,8 +1,7 @@
 """What a training run costs: FLOPs per token from a config, GPU hours and dollars.
 
 Training is 6 FLOP per weight and token: a multiply and an add, once forward and twice backward. Lookups, norms, softmax, optimizer and
-recomputation are not counted. Rates are TFLOP/s of one GPU. All raise ValueError for input that cannot be (negative, NaN, infinite).
-"""
+recomputation are not counted. Rates are TFLOP/s of one GPU. All raise ValueError for input that cannot be (negative, NaN, infinite)."""
 from numbers import Real
 from typing import Any
 
@@ -23,8 +22,7 @@ def weights(config: Any, mtp: bool = False) -> dict[str, tuple[int, int]]:
     """{component: (stored, used by one token)}, numbers of weights in the matrices; norms and biases are too few to show.
 
     config: a V3Config or a transformers config of type deepseek_v3, llama, mixtral or qwen2 (others: ValueError). `mtp` adds V3's
-    MTP modules, with the output head that they use but do not store (V3 section 2.2).
-    """
+    MTP modules, with the output head that they use but do not store (V3 section 2.2)."""
     c = V3Config.from_hf(config.to_dict()) if getattr(config, "model_type", "") == "deepseek_v3" else config
     H, h, layers, table = c.hidden_size, c.num_attention_heads, c.num_hidden_layers, c.vocab_size * c.hidden_size
     if isinstance(c, V3Config):
@@ -53,8 +51,7 @@ def flops_per_token(config: Any, length: int, seen: float = 0.5, mtp: bool = Fal
     """{component: training FLOP per token}, forward and backward, at `length` tokens; config and `mtp` as in `weights`.
 
     A token attends to itself and to the share `seen` of the length - 1 others: 0.5 is causal attention, 1 counts the whole square, and 0.25
-    gives ISCA Table 2's figure for Llama. The embedding is a lookup and left out.
-    """
+    gives ISCA Table 2's figure for Llama. The embedding is a lookup and left out."""
     _check(1, 1e9, length=length)
     _check(0, 1, seen=seen)
     parts = {name: 6.0 * used for name, (_, used) in weights(config, mtp).items() if name != "embedding"}

@@ -2,8 +2,7 @@
 
 Four digits in a fixed order, + - * between them, calculated strictly from left to right, every total in 0..60: hit the target.
 `make 21 from 2 6 9 1 A` asks; `<think> try 2 * 6 = 12 + 9 = 21 + 1 = 22 check 21 wrong wait try ... </think> <answer> 2 * 6 + 9 * 1 </answer>`
-is a full answer. Texts are words with a space between; no text is ever evaluated as code.
-"""
+is a full answer. Texts are words with a space between; no text is ever evaluated as code."""
 import functools
 import hashlib
 import html

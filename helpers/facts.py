@@ -1,7 +1,6 @@
 """Published figures of DeepSeek-V3/R1 and the models it is compared with, each with its source and how well it was checked.
 
-As of 2026-11-22. `fact("v3.total_params")` prints as `671B parameters (V3 §4.2; VERIFIED)`; `SOURCES` spells the keys out.
-"""
+As of 2026-11-22. `fact("v3.total_params")` prints as `671B parameters (V3 §4.2; VERIFIED)`; `SOURCES` spells the keys out."""
 
 import difflib
 from collections import namedtuple

@@ -1,8 +1,7 @@
 """DeepSeek-V3, complete, in plain PyTorch that reads like the equations of the technical report (arXiv:2412.19437, section 2).
 
 Shapes: B sequences, T tokens, N = B*T, H hidden_size, h heads, c = kv_lora_rank, dn / dr / dv = qk_nope / qk_rope / v head dims,
-E routed experts, K of them per token, f = moe_intermediate_size, V vocabulary, D MTP depth.
-"""
+E routed experts, K of them per token, f = moe_intermediate_size, V vocabulary, D MTP depth."""
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -26,8 +25,7 @@ class V3Config:
     """DeepSeek-V3's hyper-parameters under the names of its Hugging Face config.json. Defaults are the 671B model's (V3 section 4.2).
 
     `scoring_func="softmax"` with no shared expert, one group and `routed_scaling_factor=1` is a Mixtral-style layer;
-    `first_k_dense_replace=num_hidden_layers` is a dense transformer. Raises ValueError naming the field that cannot work.
-    """
+    `first_k_dense_replace=num_hidden_layers` is a dense transformer. Raises ValueError naming the field that cannot work."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -113,8 +111,7 @@ class V3Config:
         """Read a config.json of DeepSeek-V3, published form or transformers 5's `rope_parameters`.
 
         Fields that change nothing in the computation are passed over; one that asks for what this model does not compute is a
-        ValueError that names it. `num_mtp_layers` is transformers' second name for `num_nextn_predict_layers`.
-        """
+        ValueError that names it. `num_mtp_layers` is transformers' second name for `num_nextn_predict_layers`."""
         if not isinstance(config, Mapping):
             raise ValueError(f"a config must be a JSON object, not {type(config).__name__}")
         config = dict(config)
@@ -154,8 +151,7 @@ def rope_frequencies(config: V3Config) -> tuple[Tensor, float, float]:
     """(inverse frequencies [dr/2], factor on cos and sin, softmax scale) of the decoupled RoPE, with YaRN when the config has it.
 
     YaRN (arXiv:2309.00071) divides the frequency of slow dimensions by `factor`, keeps that of fast ones and ramps between; the
-    attention logits are multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2 (V3 section 4.3; 1.3689^2 in the 671B model).
-    """
+    attention logits are multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2 (V3 section 4.3; 1.3689^2 in the 671B model)."""
     dim, theta, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
     # on the CPU by name, so that a model built on the meta device still has its frequencies
     freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
@@ -191,8 +187,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 class LatentCache:
     """What decoding remembers: per layer and token the kv latent and the rotated shared key, (c + dr) numbers, and nothing else.
 
-    `rows` [layers, B, max_len, c + dr]; `length` tokens are filled. Allocated once. bytes per token = layers * (c + dr) * itemsize.
-    """
+    `rows` [layers, B, max_len, c + dr]; `length` tokens are filled. Allocated once. bytes per token = layers * (c + dr) * itemsize."""
 
     def __init__(self, config: V3Config, layers: int, batch: int, max_len: int, like: Tensor) -> None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
@@ -254,8 +249,7 @@ class MLA(nn.Module):
         """The same numbers without ever writing out keys or values: W_UK moves into the query, W_UV behind the softmax.
 
         q_nope . (W_UK l) = (W_UK^T q_nope) . l, so all heads attend to the same S latents (an MQA of width c + dr).
-        mask [T, S] of booleans or None (every query sees all S). -> [B, T, h, dv].
-        """
+        mask [T, S] of booleans or None (every query sees all S). -> [B, T, h, dv]."""
         cfg, (B, T, h, _) = self.config, q_nope.shape
         c = cfg.kv_lora_rank
         up = self.kv_b_proj.weight.view(h, -1, c)
@@ -546,8 +540,7 @@ class DeepSeekV3(nn.Module):
 
         The latent cache is allocated once; a row that has written `eos_token_id` leaves the batch and is filled up with it.
         `stream` is called with each new token (one row only). `log_probs` [B, max_new_tokens] is filled with those of the tokens written,
-        at temperature 1 whatever they were drawn at. ValueError when prompt and answer do not fit the context.
-        """
+        at temperature 1 whatever they were drawn at. ValueError when prompt and answer do not fit the context."""
         self._start(input_ids, max_new_tokens, temperature)
         B, T = input_ids.shape
         if stream is not None and B != 1:

@@ -3,8 +3,7 @@
 Trains a DeepSeekV3, or a transformers model with an `lm_head` (the dense students), through the same functions.
 
 What is not published for R1 is decided here and said: the expert bias stays as pre-training left it (gamma 0, as in V3's last 500B tokens),
-so that sampler and trainer route alike; no balance loss, no MTP loss, and the MTP modules are not changed.
-"""
+so that sampler and trainer route alike; no balance loss, no MTP loss, and the MTP modules are not changed."""
 import copy
 import hashlib
 import math
@@ -36,8 +35,7 @@ def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None)
     """The base model, pre-trained short and then long as V3 was (section 4.3), and both histories; or the finished one of exactly these.
 
     At positions that no window reached a model writes nothing of use, hence the second phase. `steps` (for tests): of the first phase; the
-    second then takes a fifth.
-    """
+    second then takes a fifth."""
     first = PRETRAINING if steps is None else replace(PRETRAINING, steps=steps)
     second = EXTENSION if steps is None else replace(EXTENSION, steps=max(1, steps // 5))
     model, history = train.run(config, corpus, first, "countdown base")
@@ -232,8 +230,7 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
 
     The history has, per step, `measure` of the answers sampled (before the update), reward, loss, clipped share and the largest difference
     between sampler's and trainer's log-probabilities; `watch(model, step)`, called before the steps in `watch_at` and after the last,
-    has its JSON in history["watch"].
-    """
+    has its JSON in history["watch"]."""
     model = copy.deepcopy(base)
     identity = {"base": fingerprint(base), "settings": asdict(settings), "watch_at": list(watch_at)}
     folder = folder or _folder(base, label, identity)

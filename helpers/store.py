@@ -34,8 +34,7 @@ def _fields(value):
 def key(**parts) -> str:
     """16 hex digits that are the same for the same parts in any order, on any machine.
 
-    TypeError, with the part's name, for a part that is not JSON (NaN included) nor a dataclass of it.
-    """
+    TypeError, with the part's name, for a part that is not JSON (NaN included) nor a dataclass of it."""
     for name, part in parts.items():
         try:
             json.dumps(part, sort_keys=True, default=_fields, allow_nan=False)
@@ -65,8 +64,7 @@ def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
     parameters: every size and step count, without the seeds. A file with the same parameters keeps its other seeds. A file with other
     parameters is left alone, and the result goes to NAME.other.json (overwritten when its parameters differ too).
     Floats in `data` are rounded to 6 significant digits. "versions" are those of the latest seed recorded.
-    ValueError for NaN or infinity, TypeError for what is not JSON; the file on disk then stays as it was.
-    """
+    ValueError for NaN or infinity, TypeError for what is not JSON; the file on disk then stays as it was."""
     try:
         text = json.dumps(data, default=_fields, allow_nan=False)
     except ValueError as error:
