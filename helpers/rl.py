@@ -126,10 +126,8 @@ def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -
     rows = [countdown.behaviour(problem, text, operators) for problem, text in zip(problems, answers.texts, strict=True)]
     for row, problem in zip(rows, problems, strict=True):
         row |= {f"consistency_{language}": row["consistency"] if language == problem.language else math.nan for language in countdown.WORDS}
-    means = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows if not math.isnan(row[name])]
-        means[name] = sum(values) / len(values) if values else math.nan
+    known = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in rows[0]}
+    means = {name: sum(values) / len(values) if values else math.nan for name, values in known.items()}
     return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - answers.ended.float().mean().item()}
 
 
@@ -219,9 +217,11 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder(base: Any, label: str, identity: dict[str, Any]) -> Path | None:
-    """Where this training is kept; a transformers model is not (None): save it with its own `save_pretrained`."""
-    return store.checkpoint_dir(label.replace(" ", "-").lower(), **identity) if isinstance(base, DeepSeekV3) else None
+def _begin(base: Any, settings: Any, label: str, folder: str | Path | None, **more: Any) -> tuple[Any, torch.optim.AdamW, dict, str | Path | None]:
+    """A copy of `base`, its optimizer, the run's identity and its folder; a transformers model has none: save it with its own `save_pretrained`."""
+    model, identity = copy.deepcopy(base), {"base": fingerprint(base), "settings": asdict(settings), **more}
+    kept = store.checkpoint_dir(label.replace(" ", "-").lower(), **identity) if isinstance(base, DeepSeekV3) else None
+    return model, train.adamw(model, settings), identity, folder or kept
 
 
 def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any] | None = None, watch_at: tuple[int, ...] = (),
@@ -231,10 +231,7 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
     The history has, per step, `measure` of the answers sampled (before the update), reward, loss, clipped share and the largest difference
     between sampler's and trainer's log-probabilities; `watch(model, step)`, called before the steps in `watch_at` and after the last,
     has its JSON in history["watch"]."""
-    model = copy.deepcopy(base)
-    identity = {"base": fingerprint(base), "settings": asdict(settings), "watch_at": list(watch_at)}
-    folder = folder or _folder(base, label, identity)
-    optimizer = train.adamw(model, settings)
+    model, optimizer, identity, folder = _begin(base, settings, label, folder, watch_at=list(watch_at))
     reference = copy.deepcopy(base) if settings.kl else None
 
     def take_step(step: int, history: train.History, check: Callable[..., None]) -> None:
@@ -311,10 +308,7 @@ class SFT:
 
 def sft(base: Any, examples: list[tuple[str, str]], settings: SFT, label: str, folder: str | Path | None = None) -> tuple[Any, train.History]:
     """A copy of `base` fine-tuned on (prompt, answer) texts; or the finished or half-finished one of exactly these."""
-    model = copy.deepcopy(base)
-    identity = {"base": fingerprint(base), "settings": asdict(settings), "examples": store.key(examples=examples)}
-    folder = folder or _folder(base, label, identity)
-    optimizer = train.adamw(model, settings)
+    model, optimizer, identity, folder = _begin(base, settings, label, folder, examples=store.key(examples=examples))
     rows = [([data.END, *WORDS.encode(prompt).ids], [*WORDS.encode(answer).ids, data.END]) for prompt, answer in examples]
     batches = math.ceil(len(rows) / settings.batch_size)
     steps = settings.epochs * batches
