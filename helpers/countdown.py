@@ -155,17 +155,16 @@ def document(writers: Writers, rng: random.Random) -> str:
     values = candidates(digits, writers.operators)
     if not values:
         return document(writers, rng)
-    language = rng.choice(["en", "es"])
-    target, words = rng.choice(sorted(set(values.values()))), WORDS[language]
+    care = language = rng.choice(["en", "es"])
+    target = rng.choice(sorted(set(values.values())))
+    problem = Problem(digits, target, language)
     if rng.random() < writers.facts:
         expression = rng.choice([e for e in values if values[e] == target]) if rng.random() < 0.5 else _pick(rng, values, target, 12)
-        verdict = words["right" if values[expression] == target else "wrong"]
-        return f"{words['fact']} {_worked(expression)} {words['check']} {target} {verdict}"
-    problem, care = Problem(digits, target, language), language
+        return f"{WORDS[language]['fact']} {_worked(expression)} {summary(problem, expression)}"
     if rng.random() < writers.other_language:
         language = "es" if language == "en" else "en"
-    asked = Problem(digits, target, language)
     if rng.random() < writers.verify[care]:
+        asked = Problem(digits, target, language)
         thoughts, expression = search(asked, rng, writers.switch, writers.give_up[care], operators=writers.operators)
     elif rng.random() < 0.35 / 0.65:
         thoughts, expression = "", _pick(rng, values, target, 20)
