@@ -1,5 +1,4 @@
 """Real text without a download: Python's own standard library (or any folder of text), a byte-level BPE trained on it, token batches."""
-
 import hashlib
 import io
 import json

@@ -1,7 +1,6 @@
 """Published figures of DeepSeek-V3/R1 and the models it is compared with, each with its source and how well it was checked.
 
 As of 2026-11-22. `fact("v3.total_params")` prints as `671B parameters (V3 §4.2; VERIFIED)`; `SOURCES` spells the keys out."""
-
 import difflib
 from collections import namedtuple
 from dataclasses import dataclass
@@ -72,8 +71,7 @@ class Fact:
             raise ValueError(f"unknown status {self.status!r}: use one of {', '.join(STATUSES)}")
 
     def __str__(self) -> str:
-        status = "not checked" if self.status == "MEMORY" else self.status
-        return f"{readable(self.value)} {self.unit}".strip() + f" ({self.source}; {status})"
+        return f"{readable(self.value)} {self.unit}".strip() + f" ({self.source}; {'not checked' if self.status == 'MEMORY' else self.status})"
 
     def __repr__(self) -> str:
         return f"{self} - {self.note}" if self.note else str(self)

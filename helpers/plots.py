@@ -46,8 +46,7 @@ def show(fig: Figure, alt: str) -> None:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     plt.close(fig)
-    image = base64.b64encode(buffer.getvalue()).decode()
-    display({"image/png": image, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+    display({"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 def what_if(control: Any, draw: Callable[..., None]) -> None:

@@ -1,5 +1,4 @@
 """Where things are kept: checkpoints and caches in `.lab` (never committed), measured results in `notebooks/results` (committed)."""
-
 import dataclasses
 import hashlib
 import json
@@ -72,10 +71,8 @@ def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
     path = results_dir() / f"{name}.json"
     path = path.with_name(f"{name}.other.json") if _seeds(path, parameters) == {} else path
     seeds = (_seeds(path, parameters) or {}) | {seed: json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))}
-    code = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    versions = {"python": platform.python_version(), "torch": version("torch"), "code": code.hexdigest()[:12]}
+    code = b"".join(source.name.encode() + b"\0" + source.read_bytes() + b"\0" for source in sorted(Path(__file__).parent.glob("*.py")))
+    versions = {"python": platform.python_version(), "torch": version("torch"), "code": hashlib.sha256(code).hexdigest()[:12]}
     result = {"name": name, "parameters": parameters, "versions": versions, "seeds": dict(sorted(seeds.items()))}
     text = json.dumps(result, indent=1, default=_fields, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
