@@ -34,8 +34,7 @@ EXTENSION = train.Settings(steps=350, batch_size=8, length=256, lr=1.5e-3, valid
 def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None) -> tuple[DeepSeekV3, list[train.History]]:
     """The base model, pre-trained short and then long as V3 was (section 4.3), and both histories; or the finished one of exactly these.
 
-    At positions that no window reached a model writes nothing of use, hence the second phase. `steps` (for tests): of the first phase; the
-    second then takes a fifth."""
+    At positions that no window reached a model writes nothing of use: hence phase two. `steps` (for tests): of phase one; two takes a fifth."""
     first = PRETRAINING if steps is None else replace(PRETRAINING, steps=steps)
     second = EXTENSION if steps is None else replace(EXTENSION, steps=max(1, steps // 5))
     model, history = train.run(config, corpus, first, "countdown base")
@@ -44,8 +43,7 @@ def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None)
 
 
 class Rollout(NamedTuple):
-    """Answers sampled to B prompts: tokens [B, P + n] (END where a row has ended), log_probs [B, n] of the tokens drawn, lengths [B] of the
-    answers, END included, and their texts."""
+    """Answers to B prompts: tokens [B, P + n] (END once a row has ended), log_probs [B, n] of those drawn, lengths [B] with END, texts."""
 
     tokens: Tensor
     log_probs: Tensor
@@ -56,11 +54,6 @@ class Rollout(NamedTuple):
     def prompt(self) -> int:
         """Tokens of a prompt, END included."""
         return self.tokens.shape[1] - self.log_probs.shape[1]
-
-    @property
-    def ended(self) -> Tensor:
-        """bool [B]: not cut off at the longest answer allowed."""
-        return self.tokens.gather(1, self.prompt - 1 + self.lengths[:, None]).squeeze(1) == data.END
 
 
 def rollout(model: Any, problems: list[Problem], max_new_tokens: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
@@ -121,14 +114,14 @@ def token_log_probs(model: Any, tokens: Tensor, prompt: int) -> Tensor:
 
 
 def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -> dict[str, float]:
-    """Means of `countdown.behaviour` over the answers, the mean length in tokens, the share cut off, and consistency by language (nan
-    where nobody spoke it)."""
+    """Means of `countdown.behaviour`, mean length in tokens, share cut off, and consistency by language (nan where nobody spoke it)."""
     rows = [countdown.behaviour(problem, text, operators) for problem, text in zip(problems, answers.texts, strict=True)]
     for row, problem in zip(rows, problems, strict=True):
         row |= {f"consistency_{language}": row["consistency"] if language == problem.language else math.nan for language in countdown.WORDS}
     known = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in rows[0]}
     means = {name: sum(values) / len(values) if values else math.nan for name, values in known.items()}
-    return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - answers.ended.float().mean().item()}
+    ended = answers.tokens.gather(1, answers.prompt - 1 + answers.lengths[:, None]) == data.END
+    return means | {"length": answers.lengths.float().mean().item(), "cut_off": 1 - ended.float().mean().item()}
 
 
 @dataclass(frozen=True)
@@ -228,9 +221,8 @@ def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any]
          folder: str | Path | None = None) -> tuple[Any, train.History]:
     """A copy of `base` trained by GRPO; or the finished or half-finished one of exactly this base and settings.
 
-    The history has, per step, `measure` of the answers sampled (before the update), reward, loss, clipped share and the largest difference
-    between sampler's and trainer's log-probabilities; `watch(model, step)`, called before the steps in `watch_at` and after the last,
-    has its JSON in history["watch"]."""
+    The history has, per step, `measure` of the answers (before the update), reward, loss, clipped share and the largest gap between sampler's
+    and trainer's log-probabilities, and in history["watch"] the JSON of `watch(model, step)`, before the steps in `watch_at` and after the last."""
     model, optimizer, identity, folder = _begin(base, settings, label, folder, watch_at=list(watch_at))
     reference = copy.deepcopy(base) if settings.kl else None
 
