@@ -60,9 +60,8 @@ class V3Config:
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r} cannot work: {right}")
 
-        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
         for f in fields(self):
-            value, low = getattr(self, f.name), 0 if f.name in may_be_zero else 1
+            value, low = getattr(self, f.name), int(f.name not in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"))
             if f.type is int or (f.name == "q_lora_rank" and value is not None):
                 need(type(value) is int and value >= low, f.name, f"it must be an integer of at least {low}")
             elif f.type is float:
@@ -114,14 +113,12 @@ class V3Config:
         ValueError that names it. `num_mtp_layers` is transformers' second name for `num_nextn_predict_layers`."""
         if not isinstance(config, Mapping):
             raise ValueError(f"a config must be a JSON object, not {type(config).__name__}")
-        config = dict(config)
+        others = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
+        config = {others[name]: value for name, value in config.items() if name in others} | dict(config)
         heads = config.get("num_attention_heads", cls.num_attention_heads)
         for name, values in (_ONLY | {"num_key_value_heads": (heads, None)}).items():  # MLA has a key and a value for each head
             if name in config and config[name] not in values:
                 raise ValueError(f"{name}={config[name]!r} is not computed here: it must be {values[0]!r}")
-        for other, name in (("num_mtp_layers", "num_nextn_predict_layers"), ("num_local_experts", "n_routed_experts")):
-            if other in config:
-                config.setdefault(name, config[other])
         rope = config.get("rope_parameters")
         if rope is not None:
             if not isinstance(rope, Mapping) or rope.get("partial_rotary_factor", 1.0) != 1.0:
