@@ -247,8 +247,7 @@ def behaviour(problem: Problem, text: str, operators: str = "+-*") -> dict[str, 
     said = [word for word in thoughts(text) if word in LANGUAGE]
     count = {name: sum(said.count(WORDS[language][name]) for language in WORDS) for name in ("try_", "check", "wait")}
     return {"accuracy": accuracy(problem, text, operators), "format": well_formed(text), "readable": readable(problem, text),
-            "tries": count["try_"], "verify": float(count["check"] > 0), "waits": count["wait"],
-            "mixed": float(len({LANGUAGE[word] for word in said}) == 2),
+            "tries": count["try_"], "verify": float(count["check"] > 0), "waits": count["wait"], "mixed": float(len({*map(LANGUAGE.get, said)}) == 2),
             "consistency": language_consistency(problem.language, text) if said else math.nan}
 
 

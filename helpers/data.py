@@ -29,11 +29,8 @@ CLASSES = ("keyword", "name", "operator", "number", "string", "comment", "space"
 
 
 def _is_text(path: Path) -> bool:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return text != "" and "\0" not in text
+    content = path.read_bytes()
+    return content != b"" and b"\0" not in content and content.decode(errors="ignore").encode() == content  # all of it is UTF-8
 
 
 def stdlib_files() -> list[Path]:

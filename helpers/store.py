@@ -39,8 +39,7 @@ def key(**parts) -> str:
             json.dumps(part, sort_keys=True, default=_fields, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise TypeError(f"key part {name!r}: {error}") from error
-    text = json.dumps(parts, sort_keys=True, default=_fields, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_fields, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 def checkpoint_dir(label: str, /, **parts) -> Path:
