@@ -1,4 +1,4 @@
-"""What a training run costs: FLOPs per token from a config, GPU hours and dollars.
+"""What a training run costs: FLOPs per token from a config, and rates beside the peaks of GPUs.
 
 Training is 6 FLOP per weight and token: a multiply and an add, once forward and twice backward. Lookups, norms, softmax, optimizer and
 recomputation are not counted. Rates are TFLOP/s of one GPU. All raise ValueError for input that cannot be (negative, NaN, infinite)."""
@@ -82,19 +82,7 @@ def mfu(tflops: float, gpu: str, precision: str) -> float:
     return tflops / peak(gpu, precision)
 
 
-def gpu_hours(flop: float, tflops: float) -> float:
-    """GPU hours that `flop` operations take at `tflops` TFLOP/s per GPU."""
-    _check(1e-9, 1e200, flop=flop, tflops=tflops)
-    return flop / (tflops * 1e12) / 3600
-
-
 def rate(flop: float, hours: float) -> float:
-    """TFLOP/s per GPU of a run that did `flop` operations in `hours` GPU hours: the inverse of `gpu_hours`."""
+    """TFLOP/s per GPU of a run that did `flop` operations in `hours` GPU hours."""
     _check(1e-9, 1e200, flop=flop, hours=hours)
     return flop / (hours * 3600) / 1e12
-
-
-def dollars(hours: float, price: float) -> float:
-    """USD for `hours` GPU hours at `price` USD each."""
-    _check(0, 1e150, hours=hours, price=price)
-    return hours * price
