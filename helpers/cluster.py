@@ -31,7 +31,6 @@ class Reach(NamedTuple):
 
 def reach(index: Tensor, experts: int, ranks: int, per_node: int = 8) -> Reach:
     """Where the tokens of index [N, K] (chosen experts) must go when `experts` lie in order on `ranks` GPUs, `per_node` to a node.
-
     The tokens start evenly from all ranks, in order. One copy a node crosses InfiniBand and is forwarded inside it (V3 section 3.2.2)."""
     _need(ranks > 0 and experts % ranks == 0, f"the {experts} experts must divide evenly over the ranks", ranks=ranks)
     _need(per_node > 0 and ranks % per_node == 0, f"it must divide ranks={ranks}", per_node=per_node)
@@ -64,7 +63,6 @@ def _cells(words: Sequence[str], stages: tuple[int, int], first: tuple[int, int]
 
 def schedule(kind: str, ranks: int, micro_batches: int) -> list[list[Cell]]:
     """What each rank does, in order: kind is 1F1B, ZB1P, DualPipe or DualPipeV (V3 section 3.2.1; github.com/deepseek-ai/DualPipe).
-
     1F1B and ZB1P have a stage a rank. DualPipe has `ranks` stages too, each on two ranks: half of the micro-batches enter at either end.
     DualPipeV has 2 * ranks stages; each rank holds two, and all micro-batches go down and come back up. ValueError for other kinds and
     sizes: DualPipe needs even numbers and 2 * ranks <= micro_batches, DualPipeV the latter."""
@@ -104,7 +102,6 @@ class Timeline(NamedTuple):
 
 def simulate(order: list[list[Cell]], F: float = 1, B: float = 2, W: float = 1, FB: float = 3) -> Timeline:
     """Run each rank's cells in order, each as soon as its rank is free and its inputs are there; sending takes no time of its own.
-
     Costs of a forward, a whole backward, its part W for the weights, and an overlapped pair. ValueError for an order that cannot end."""
     _need(min(F, W, B - W, FB) > 0, "all must be above 0, and W below B", F=F, B=B, W=W, FB=FB)
     cost, last = {"F": F, "B": B, "I": B - W, "W": W}, max(stage for rank in order for cell in rank for _, stage, _ in cell)
@@ -175,7 +172,6 @@ class Placement(NamedTuple):
 
 def place_experts(weight: np.ndarray, replicas: int, gpus: int, nodes: int = 1, groups: int = 1) -> Placement:
     """EPLB (github.com/deepseek-ai/EPLB) for expert loads weight [L, E]: groups of experts to nodes, copies, copies to GPUs.
-
     If the nodes do not divide the groups, it places globally, as one node with one group. ValueError for what does not divide."""
     weight = np.asarray(weight, dtype=float)
     _need(weight.ndim == 2 and bool(np.isfinite(weight).all()) and weight.min(initial=0) >= 0, "use loads [L, E] of at least 0", weight=weight.shape)

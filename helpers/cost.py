@@ -20,7 +20,6 @@ def _check(low: float, high: float, remedy: str = "", **fields: Any) -> None:
 
 def weights(config: Any, mtp: bool = False) -> dict[str, tuple[int, int]]:
     """{component: (stored, used by one token)}, numbers of weights in the matrices; norms and biases are too few to show.
-
     config: a V3Config or a transformers config of type deepseek_v3, llama, mixtral or qwen2 (others: ValueError). `mtp` adds V3's
     MTP modules, with the output head that they use but do not store (V3 section 2.2)."""
     c = V3Config.from_hf(config.to_dict()) if getattr(config, "model_type", "") == "deepseek_v3" else config
@@ -49,7 +48,6 @@ def weights(config: Any, mtp: bool = False) -> dict[str, tuple[int, int]]:
 
 def flops_per_token(config: Any, length: int, seen: float = 0.5, mtp: bool = False) -> dict[str, float]:
     """{component: training FLOP per token}, forward and backward, at `length` tokens; config and `mtp` as in `weights`.
-
     A token attends to itself and to the share `seen` of the length - 1 others: 0.5 is causal attention, 1 counts the whole square, and 0.25
     gives ISCA Table 2's figure for Llama. The embedding is a lookup and left out."""
     _check(1, 1e9, length=length)

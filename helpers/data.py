@@ -57,7 +57,6 @@ def text_files(folder: str | Path) -> list[Path]:
 @dataclass
 class Corpus:
     """Tokenized text, split by files. train, valid: int32 [tokens], documents one after another, END after each.
-
     valid_bytes: UTF-8 bytes of the validation documents. hash: hex sha256 of paths, contents, vocabulary size and tokenizer, for a resumed
     run to compare. files: how many are in "train" and "valid", and how many were "skipped" (not text, empty, beyond max_bytes)."""
 
@@ -147,7 +146,6 @@ def is_valid(path: str) -> bool:
 
 def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: int | None = None) -> Corpus:
     """The corpus of `folder` (None: the standard library) with a tokenizer trained on its training files; cached by content.
-
     max_bytes: take files in the order of a hash of their paths, without those that no longer fit.
     ValueError: no text in the folder, no file for one of the splits, or vocab_size under 257 (256 bytes and END)."""
     if vocab_size < 257:
@@ -180,7 +178,6 @@ def load(folder: str | Path | None = None, vocab_size: int = 2048, max_bytes: in
 
 def token_classes(tokenizer: Tokenizer, source: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of Python source and, for each, the index in CLASSES of the Python token around its first visible character; both int64 [n].
-
     White space alone is "space"; a backslash that continues a line is "operator". ValueError, with the line, for what is not Python."""
     starts = [0, *(match.end() for match in re.finditer("\n", source))]  # of each line, in characters
     class_at = torch.full((len(source) + 1,), CLASSES.index("operator"))

@@ -23,7 +23,6 @@ _ONLY = {
 @dataclass
 class V3Config:
     """DeepSeek-V3's hyper-parameters under the names of its Hugging Face config.json. Defaults are the 671B model's (V3 section 4.2).
-
     `scoring_func="softmax"` with no shared expert, one group and `routed_scaling_factor=1` is a Mixtral-style layer;
     `first_k_dense_replace=num_hidden_layers` is a dense transformer. Raises ValueError naming the field that cannot work."""
 
@@ -108,7 +107,6 @@ class V3Config:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "V3Config":
         """Read a config.json of DeepSeek-V3, published form or transformers 5's `rope_parameters`.
-
         Fields that change nothing in the computation are passed over; one that asks for what this model does not compute is a
         ValueError that names it. `num_mtp_layers` is transformers' second name for `num_nextn_predict_layers`."""
         if not isinstance(config, Mapping):
@@ -146,7 +144,6 @@ class V3Config:
 
 def rope_frequencies(config: V3Config) -> tuple[Tensor, float, float]:
     """(inverse frequencies [dr/2], factor on cos and sin, softmax scale) of the decoupled RoPE, with YaRN when the config has it.
-
     YaRN (arXiv:2309.00071) divides the frequency of slow dimensions by `factor`, keeps that of fast ones and ramps between; the
     attention logits are multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2 (V3 section 4.3; 1.3689^2 in the 671B model)."""
     dim, theta, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
@@ -183,7 +180,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
 class LatentCache:
     """What decoding remembers: per layer and token the kv latent and the rotated shared key, (c + dr) numbers, and nothing else.
-
     `rows` [layers, B, max_len, c + dr]; `length` tokens are filled. Allocated once. bytes per token = layers * (c + dr) * itemsize."""
 
     def __init__(self, config: V3Config, layers: int, batch: int, max_len: int, like: Tensor) -> None:
@@ -244,7 +240,6 @@ class MLA(nn.Module):
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """The same numbers without ever writing out keys or values: W_UK moves into the query, W_UV behind the softmax.
-
         q_nope . (W_UK l) = (W_UK^T q_nope) . l, so all heads attend to the same S latents (an MQA of width c + dr).
         mask [T, S] of booleans or None (every query sees all S). -> [B, T, h, dv]."""
         cfg, (B, T, h, _) = self.config, q_nope.shape
@@ -291,7 +286,6 @@ class MLP(nn.Module):
 
 class Router(nn.Module):
     """The gate (V3 eq. 12-20): affinities, a bias that only selects, group-limited top-k, normalised and scaled weights.
-
     While the module trains it adds up `load` [E], tokens per expert since the last `update_bias`, and leaves the balance loss of its
     last call in `balance_loss` (to be multiplied by alpha)."""
 
@@ -534,7 +528,6 @@ class DeepSeekV3(nn.Module):
     def generate(self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, eos_token_id: int | None = None,
                  generator: torch.Generator | None = None, stream: Callable[[int], None] | None = None, log_probs: Tensor | None = None) -> Tensor:
         """Continue B prompts of equal length: input_ids [B, T] -> [B, T + new], new <= max_new_tokens. Greedy at temperature 0.
-
         The latent cache is allocated once; a row that has written `eos_token_id` leaves the batch and is filled up with it.
         `stream` is called with each new token (one row only). `log_probs` [B, max_new_tokens] is filled with those of the tokens written,
         at temperature 1 whatever they were drawn at. ValueError when prompt and answer do not fit the context."""

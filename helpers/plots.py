@@ -51,7 +51,6 @@ def show(fig: Figure, alt: str) -> None:
 
 def what_if(control: Any, draw: Callable[..., None]) -> None:
     """A widget `control`, or a list of them, above the figure that `draw(control.value, ...)` shows, drawn anew when one moves.
-
     The picture is plain HTML: an Output widget (`ipywidgets.interact`) can hang a notebook that is executed without a browser."""
     controls = control if isinstance(control, list) else [control]
     picture = HTML()

@@ -33,7 +33,6 @@ EXTENSION = train.Settings(steps=350, batch_size=8, length=256, lr=1.5e-3, valid
 
 def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None) -> tuple[DeepSeekV3, list[train.History]]:
     """The base model, pre-trained short and then long as V3 was (section 4.3), and both histories; or the finished one of exactly these.
-
     At positions that no window reached a model writes nothing of use: hence phase two. `steps` (for tests): of phase one; two takes a fifth."""
     first = PRETRAINING if steps is None else replace(PRETRAINING, steps=steps)
     second = EXTENSION if steps is None else replace(EXTENSION, steps=max(1, steps // 5))
@@ -220,7 +219,6 @@ def _begin(base: Any, settings: Any, label: str, folder: str | Path | None, **mo
 def grpo(base: Any, settings: GRPO, label: str, watch: Callable[[Any, int], Any] | None = None, watch_at: tuple[int, ...] = (),
          folder: str | Path | None = None) -> tuple[Any, train.History]:
     """A copy of `base` trained by GRPO; or the finished or half-finished one of exactly this base and settings.
-
     The history has, per step, `measure` of the answers (before the update), reward, loss, clipped share and the largest gap between sampler's
     and trainer's log-probabilities, and in history["watch"] the JSON of `watch(model, step)`, before the steps in `watch_at` and after the last."""
     model, optimizer, identity, folder = _begin(base, settings, label, folder, watch_at=list(watch_at))

@@ -32,7 +32,6 @@ def _fields(value):
 
 def key(**parts) -> str:
     """16 hex digits that are the same for the same parts in any order, on any machine.
-
     TypeError, with the part's name, for a part that is not JSON (NaN included) nor a dataclass of it."""
     for name, part in parts.items():
         try:
@@ -58,7 +57,6 @@ def _seeds(path: Path, parameters: dict) -> dict[int, dict] | None:
 
 def record(name: str, parameters: dict, seed: int, data: dict) -> Path:
     """Put one seed's numbers and histories into `results_dir()/NAME.json`; returns the file written.
-
     parameters: every size and step count, without the seeds. A file with the same parameters keeps its other seeds. A file with other
     parameters is left alone, and the result goes to NAME.other.json (overwritten when its parameters differ too).
     Floats in `data` are rounded to 6 significant digits. "versions" are those of the latest seed recorded.
