@@ -21,7 +21,6 @@ def _need(ok: bool, right: str, **field: object) -> None:
 
 class Reach(NamedTuple):
     """Means over tokens of the places that must get a copy, and how far the busiest place lies above the mean (max / mean)."""
-
     nodes: float
     remote: float  # nodes other than the token's own: copies over InfiniBand
     ranks: float  # GPUs, its own included: copies over NVLink, those forwarded after InfiniBand too
@@ -93,7 +92,6 @@ def schedule(kind: str, ranks: int, micro_batches: int) -> list[list[Cell]]:
 
 class Timeline(NamedTuple):
     """When everything happens, in the units of the costs: one entry per rank, and of `cells` per cell (cell, start, end)."""
-
     span: float
     busy: list[float]
     cells: list[list[tuple[Cell, float, float]]]
@@ -160,7 +158,6 @@ def replicate(weight: np.ndarray, replicas: int) -> tuple[np.ndarray, np.ndarray
 
 class Placement(NamedTuple):
     """slots [L, R]: the expert in each slot, R / gpus slots a GPU in order. count [L, E]. where [L, E, most]: an expert's slots, then -1."""
-
     slots: np.ndarray
     count: np.ndarray
     where: np.ndarray

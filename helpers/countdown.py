@@ -33,7 +33,6 @@ _WHERE = {"test": range(0, 16), "dev": range(16, 24), "train": range(24, 128)}  
 @dataclass(frozen=True)
 class Problem:
     """`digits` (four of 1..9), the `target`, the `language` it is asked in ("en", "es"). ValueError for what cannot be asked."""
-
     digits: tuple[int, ...]
     target: int
     language: str = "en"
@@ -96,7 +95,6 @@ def problems(split: str, n: int, seed: int, operators: str = "+-*", language: st
 @dataclass(frozen=True)
 class Writers:
     """Who wrote the corpus: per language the share of answers that verify, and how often such a writer gives up after a wrong try."""
-
     verify: dict[str, float] = field(default_factory=lambda: {"en": 0.45, "es": 0.35})
     give_up: dict[str, float] = field(default_factory=lambda: {"en": 0.25, "es": 0.28})
     switch: float = 0.05  # a verifying writer changes language at a try

@@ -59,7 +59,6 @@ class Corpus:
     """Tokenized text, split by files. train, valid: int32 [tokens], documents one after another, END after each.
     valid_bytes: UTF-8 bytes of the validation documents. hash: hex sha256 of paths, contents, vocabulary size and tokenizer, for a resumed
     run to compare. files: how many are in "train" and "valid", and how many were "skipped" (not text, empty, beyond max_bytes)."""
-
     name: str
     tokenizer: Tokenizer
     train: torch.Tensor

@@ -59,7 +59,6 @@ def readable(value: Any, between: str = "–") -> str:
 @dataclass(frozen=True, repr=False)
 class Fact:
     """One figure. A tuple is a (low, high) range; inside a dict it is (baseline, changed)."""
-
     value: Any
     unit: str
     source: str

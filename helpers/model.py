@@ -25,7 +25,6 @@ class V3Config:
     """DeepSeek-V3's hyper-parameters under the names of its Hugging Face config.json. Defaults are the 671B model's (V3 section 4.2).
     `scoring_func="softmax"` with no shared expert, one group and `routed_scaling_factor=1` is a Mixtral-style layer;
     `first_k_dense_replace=num_hidden_layers` is a dense transformer. Raises ValueError naming the field that cannot work."""
-
     vocab_size: int = 129280
     hidden_size: int = 7168
     intermediate_size: int = 18432
@@ -453,7 +452,6 @@ class MTP(nn.Module):
 
 class Speculation(NamedTuple):
     """What `generate_with_mtp` counted: forward passes of the main model, tokens drafted, drafts accepted."""
-
     forwards: int
     drafted: int
     accepted: int

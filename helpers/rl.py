@@ -43,7 +43,6 @@ def base(corpus: data.Corpus, config: V3Config = BASE, steps: int | None = None)
 
 class Rollout(NamedTuple):
     """Answers to B prompts: tokens [B, P + n] (END once a row has ended), log_probs [B, n] of those drawn, lengths [B] with END, texts."""
-
     tokens: Tensor
     log_probs: Tensor
     lengths: Tensor
@@ -126,7 +125,6 @@ def measure(problems: list[Problem], answers: Rollout, operators: str = "+-*") -
 @dataclass(frozen=True)
 class GRPO:
     """One RL run. R1-Zero had 32 questions x 16 answers, lr 3e-6, KL 0.001, a reference new every 400 steps, temperature 1 (R1 v2)."""
-
     steps: int = 30
     questions: int = 64
     group: int = 8
@@ -284,7 +282,6 @@ def _part_loss(model: Any, reference: Any, answers: Rollout, rows: Tensor, advan
 @dataclass(frozen=True)
 class SFT:
     """Fine-tuning on answers: cosine to a tenth, the prompt is not learnt. V3: 2 epochs, 5e-6 to 1e-6 (V3 section 5.1)."""
-
     epochs: int = 2
     batch_size: int = 32
     lr: float = 1e-3
