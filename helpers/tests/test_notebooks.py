@@ -32,6 +32,8 @@ SMALL: dict[str, dict] = {
                                   "wrong_prompts": 2, "class_windows": 4, "leak_steps": 4, "draws": 2000, "timing_repeats": 2},
     "04_pretraining": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
                        "valid_sequences": 4, "resume_steps": 4, "resume_hidden": 32, "samples": 4, "new_tokens": 12, "matmul_size": 256},
+    "05_fp8": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 4, "batch_size": 2, "length": 64, "valid_every": 2, "valid_sequences": 4,
+               "side": 256, "inner": 512, "outlier_points": 4},
     "07_h800_cluster": {"train_steps": 4, "batch_size": 4, "length": 64, "vocab_size": 512, "probe_sequences": 4, "tokens": 2048, "random_cases": 3,
                         "layers": 2},
     "08_r1_zero": {"corpus_tokens": 20_000, "corpus_documents": 300, "base_steps": 8, "rl_steps": 2, "questions": 4, "group": 4,
@@ -45,7 +47,8 @@ SMALL: dict[str, dict] = {
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
-RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "cost": 3, "cluster": 1, "countdown": 3, "train": 4, "rl": 5, "plots": 0}
+RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "fp8": 3, "cost": 3, "cluster": 1, "countdown": 3, "checkpoint": 4, "train": 5, "rl": 6,
+        "plots": 0}
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
                           r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
 
