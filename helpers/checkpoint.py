@@ -2,6 +2,7 @@
 
 `folder/` holds numbered checkpoints and `latest`, which points to the newest whole one and is switched by one atomic rename, so a kill at
 any moment leaves the old checkpoint or the new one. `folder/latest` is what transformers' `from_pretrained` takes. No pickle is read.
+FP8 files have, as the published ones, `X.weight` in float8_e4m3fn and a factor for each block of 128 x 128 in `X.weight_scale_inv`.
 """
 import json
 import os
@@ -17,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers import facts, fp8
 from helpers.model import DeepSeekV3, V3Config, rope_frequencies
 
 INDEX = "model.safetensors.index.json"
+FP8 = facts.V3_CONFIG["quantization_config"]
+IN_FP8 = re.compile(r".*\.(q|q_a|q_b|kv_b|o|gate|up|down)_proj\.weight|.*\.kv_a_proj_with_mqa\.weight")
 
 
 class CheckpointError(ValueError):
@@ -62,11 +66,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None = None, state: dict[str, Any] | None = None,
-         shard_bytes: int = 2_000_000_000, files: dict[str, str] | None = None) -> Path:
+         shard_bytes: int = 2_000_000_000, files: dict[str, str] | None = None, in_fp8: bool = False) -> Path:
     """Write a checkpoint and switch `folder/latest` to it. Returns the new checkpoint's own folder.
 
     `extra` tensors (an optimizer's) and `state` (JSON) come back from `load_training`; `files` are more text files by name (a
-    tokenizer). Weights keep their dtype. A folder that holds something else than checkpoints is a ValueError.
+    tokenizer). Weights keep their dtype; `in_fp8` rounds those that V3 rounds. A folder that holds something else is a ValueError.
     """
     folder = Path(folder)
     inside = [p.name for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else [folder.name] * folder.exists()
@@ -77,6 +81,8 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in _parts(model)}
+    for name in filter(IN_FP8.fullmatch, list(tensors) if in_fp8 else ()):
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantise(tensors[name], (128, 128))
     tensors |= {name: tensors[source] for name, source in _copies(model).items()}
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
@@ -90,7 +96,7 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
         weight_map |= dict.fromkeys(shard, file)
     _write_json(part / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map})
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    _write_json(part / "config.json", model.config.to_hf() | {"torch_dtype": dtype})
+    _write_json(part / "config.json", model.config.to_hf() | {"torch_dtype": dtype} | ({"quantization_config": FP8} if in_fp8 else {}))
     if extra is not None:
         save_file({name: t.contiguous() for name, t in extra.items()}, part / "training.safetensors")
     if state is not None:
@@ -159,7 +165,7 @@ def load(folder: str | Path) -> DeepSeekV3:
     """Read a checkpoint of ours or of transformers (a folder with `latest`, or with config.json itself): float32, CPU, eval mode.
 
     A file whose config promises MTP but which holds no MTP weights (transformers writes such) loads as a model without MTP. A missing,
-    extra, misshapen, truncated or non-float tensor is one CheckpointError that names it; nothing is returned half-read.
+    extra, misshapen, truncated or non-float tensor is one CheckpointError that names it; nothing is returned half-read. FP8 is scaled back.
     """
     folder = resolve(folder)
     raw = _read(folder / "config.json")
@@ -169,18 +175,21 @@ def load(folder: str | Path) -> DeepSeekV3:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     files = _weight_files(folder)
     N = config.num_hidden_layers
+    if not isinstance(asked := raw.get("quantization_config", FP8), dict) or asked | FP8 != asked:
+        raise CheckpointError(f"config.json: quantization_config={asked!r} is not read: it must be {FP8}, or absent")
     if config.num_nextn_predict_layers and not any(name.startswith(f"model.layers.{N}.") for name in files):
         config = config.with_(num_nextn_predict_layers=0)
     with torch.device("meta"):  # names and shapes first: nothing is allocated for files that do not fit
         model = DeepSeekV3(config)
     shapes, copies = {name: target.shape for name, target in _parts(model)}, _copies(model)
+    scales = {f"{name}_scale_inv" for name in shapes} if "quantization_config" in raw else set()
     for missing in sorted(set(shapes) - set(files))[:1]:
         raise CheckpointError(f"tensor {missing} is missing: the files do not fit their config.json")
-    for extra in sorted(set(files) - set(shapes) - set(copies))[:1]:
+    for extra in sorted(set(files) - set(shapes) - set(copies) - scales)[:1]:
         raise CheckpointError(f"tensor {extra} is extra: config.json has no place for it")
-    tensors = {name: _tensor(files[name], name, shape) for name, shape in shapes.items()}
+    tensors = {name: _tensor(files, name, shape) for name, shape in shapes.items()}
     for name, source in copies.items():
-        if name in files and not torch.equal(_tensor(files[name], name, shapes[source]), tensors[source]):
+        if name in files and not torch.equal(_tensor(files, name, shapes[source]), tensors[source]):
             raise CheckpointError(f"tensor {name} differs from {source}: MTP shares its embedding and head with the model")
     model = model.to_empty(device="cpu").eval()
     model.inv_freq.copy_(rope_frequencies(config)[0])
@@ -191,16 +200,24 @@ def load(folder: str | Path) -> DeepSeekV3:
     return model
 
 
-def _tensor(file: Any, name: str, shape: torch.Size) -> Tensor:
+def _tensor(files: dict[str, Any], name: str, shape: torch.Size) -> Tensor:
+    """A tensor of the files, checked; an FP8 one times its blocks' scales (at the edge blocks may be ragged: kv_a_proj_with_mqa has 576 rows)."""
     try:
-        tensor = file.get_tensor(name)
+        tensor = files[name].get_tensor(name)
     except SafetensorError as error:
         raise CheckpointError(f"tensor {name} cannot be read ({error}): take another copy") from None
     if tensor.shape != shape:
         raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise CheckpointError(f"tensor {name} is {tensor.dtype}: only float32, bfloat16, float16 and float64 weights are read")
-    return tensor
+    scaled = f"{name}_scale_inv" in files
+    if tensor.dtype not in ((torch.float8_e4m3fn,) if scaled else (torch.float32, torch.bfloat16, torch.float16, torch.float64)):
+        raise CheckpointError(f"tensor {name} is {tensor.dtype} and {name}_scale_inv is {'there' if scaled else 'missing'}: weights are read in "
+                              "float8_e4m3fn with it, in float32, bfloat16, float16 and float64 without")
+    if not scaled:
+        return tensor
+    scale = _tensor(files, f"{name}_scale_inv", torch.Size(-(-n // 128) for n in shape))
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(f"tensor {name}_scale_inv holds a scale that is not a finite number above 0: take another copy")
+    return fp8.dequantise(tensor, scale, (128, 128))
 
 
 def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

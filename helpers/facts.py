@@ -114,6 +114,10 @@ FACTS: dict[str, Fact] = {
             alpha=(1e-4, "sequence-wise balance loss weight", "HFcfg has 0.001; the paper rules"), lambda_first=(0.3, "MTP loss weight"),
             lambda_last=(0.1, "MTP loss weight"), lambda_switch_tokens=(10e12, "tokens"), init_std=(0.006, "", "HFcfg has 0.02")),
     "v3.train.batch_end_tokens": Fact(62.9e6, "tokens per step", "V3 §4.2", "DERIVED"),
+    "v3.fp8_loss_error": Fact(0.0025, "relative loss error against BF16, at most", "V3 §3.3; V3 App. B", "VERIFIED", "16B and 230B models"),
+    "v3.fp8_dgrad": Fact(300e9, "tokens to divergence, about, with Dgrad's operands by blocks", "V3 App. B", "VERIFIED", "a 16B MoE"),
+    **_rows("v3.fp8_", "V3 §3.3.2", "VERIFIED", sum_bits=(14, "bits of an FP8 sum on the H800", "ISCA §3.1: 13 fraction bits"),
+            sum_error=(0.02, "largest relative error of a sum, nearly", "random matrices, K = 4096"), promotion=(128, "products per FP32 addition")),
     # Prediction, cache, links
     "v3.mtp_acceptance": Fact((0.85, 0.90), "of second tokens", "V3 §5.4.3", "VERIFIED"),
     "v3.mtp_acceptance_isca": Fact((0.80, 0.90), "of second tokens", "ISCA §2.3.3", "VERIFIED"),
@@ -241,6 +245,8 @@ FACTS: dict[str, Fact] = {
     # The models it is compared with
     **_rows("llama405b.", "L3 §1", "VERIFIED", params=(405e9, "parameters"), tokens=(15.6e12, "tokens", "the model card says 15T+"),
             flops=(3.8e25, "FLOP")),
+    **_rows("llama405b.fp8_", "L3 §6.2", "VERIFIED", bound=(1200, "upper bound of a row's scale"), prefill=(0.5, "more throughput in prefill, up to"),
+            share=(0.5, "of inference compute is the FFN, about", "attention, first and last layer stay BF16")),
     "llama405b.recomputed_total": Fact(405.85e9, "parameters", "L3 Table 3", "DERIVED"),
     **_rows("llama405b.", "L3 §3.4.2", "VERIFIED", train_length=(8192, "tokens", "printed as 8K"), context=(131072, "tokens", "printed as 128K"),
             long_context_tokens=(800e9, "tokens", "six stages")),

@@ -177,6 +177,15 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer; a `precision` (helpers.fp8.Recipe) rounds the operands of its product and of its gradients' (V3 section 3.3)."""
+
+    precision: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.precision.linear(x, self.weight) if self.precision else super().forward(x)
+
+
 class LatentCache:
     """What decoding remembers: per layer and token the kv latent and the rotated shared key, (c + dr) numbers, and nothing else.
     `rows` [layers, B, max_len, c + dr]; `length` tokens are filled. Allocated once. bytes per token = layers * (c + dr) * itemsize."""
@@ -204,15 +213,15 @@ class MLA(nn.Module):
         self.config, H, h = config, config.hidden_size, config.num_attention_heads
         dn, dr, dv, c, q = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, config.q_lora_rank
         if q is None:
-            self.q_proj = nn.Linear(H, h * (dn + dr), bias=False)
+            self.q_proj = Linear(H, h * (dn + dr), bias=False)
         else:
-            self.q_a_proj = nn.Linear(H, q, bias=False)
+            self.q_a_proj = Linear(H, q, bias=False)
             self.q_a_layernorm = nn.RMSNorm(q, eps=1e-6)  # the published code fixes 1e-6 for both latents
-            self.q_b_proj = nn.Linear(q, h * (dn + dr), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(H, c + dr, bias=False)
+            self.q_b_proj = Linear(q, h * (dn + dr), bias=False)
+        self.kv_a_proj_with_mqa = Linear(H, c + dr, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(c, eps=1e-6)
-        self.kv_b_proj = nn.Linear(c, h * (dn + dv), bias=False)
-        self.o_proj = nn.Linear(h * dv, H, bias=False)
+        self.kv_b_proj = Linear(c, h * (dn + dv), bias=False)
+        self.o_proj = Linear(h * dv, H, bias=False)
         self.softmax_scale = rope_frequencies(config)[2]
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,8 +251,8 @@ class MLA(nn.Module):
         q_nope . (W_UK l) = (W_UK^T q_nope) . l, so all heads attend to the same S latents (an MQA of width c + dr).
         mask [T, S] of booleans or None (every query sees all S). -> [B, T, h, dv]."""
         cfg, (B, T, h, _) = self.config, q_nope.shape
-        c = cfg.kv_lora_rank
-        up = self.kv_b_proj.weight.view(h, -1, c)
+        c, up, precision = cfg.kv_lora_rank, self.kv_b_proj.weight, self.kv_b_proj.precision
+        up = (precision.w(up) if precision else up).view(h, -1, c)
         w_uk, w_uv = up.split((cfg.qk_nope_head_dim, cfg.v_head_dim), dim=1)  # [h, dn, c], [h, dv, c]
         q = torch.matmul(q_nope.reshape(B * T, h, -1).transpose(0, 1), w_uk).transpose(0, 1).view(B, T, h, c)
         q = torch.cat((q, q_rope), dim=-1).view(B, T * h, -1)
@@ -275,9 +284,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -378,6 +387,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: V3Config) -> None:
         super().__init__()
+        self.precision: Any = None  # as in `Linear`
         E, f, H = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * f, H))
         self.down_proj = nn.Parameter(torch.empty(E, H, f))
@@ -387,7 +397,7 @@ class Experts(nn.Module):
         k, up, down = index.shape[-1], self.gate_up_proj, self.down_proj
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not take part in autocast
             x, up, down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, up, down))
-        if x.shape[0] == 1 and not torch.is_grad_enabled():  # one token: each chosen expert in turn, nothing sorted, no weights copied
+        if x.shape[0] == 1 and not (torch.is_grad_enabled() or self.precision):  # one token: its experts in turn, nothing sorted, no weights copied
             out = torch.zeros_like(x)
             for e, weight in zip(index[0].tolist(), weights[0].to(x.dtype), strict=True):
                 gate, up_ = F.linear(x, up[e]).chunk(2, dim=-1)
@@ -396,9 +406,11 @@ class Experts(nn.Module):
         order = index.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         ends = torch.bincount(index.flatten(), minlength=up.shape[0]).cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(_Dispatch.apply(x, order, place, k), up, ends).chunk(2, dim=-1)
+        # V3 section 3.3.3: what is sent to the experts, and the gradient that is, have powers of two for scales
+        first, second = (self.precision.pow2(sent).linear for sent in "xg") if self.precision else (grouped_linear, grouped_linear)
+        gate, up = first(_Dispatch.apply(x, order, place, k), up, ends).chunk(2, dim=-1)
         act = F.silu(gate) * up * weights.flatten().index_select(0, order).unsqueeze(-1).to(up.dtype)
-        return _Combine.apply(grouped_linear(act, down, ends), order, place, k)
+        return _Combine.apply(second(act, down, ends), order, place, k)
 
 
 class MoE(nn.Module):
@@ -458,11 +470,11 @@ class Speculation(NamedTuple):
 
 
 class DeepSeekV3(nn.Module):
-    """The whole model: `model(input_ids [B, T]) -> logits [B, T, V]`."""
+    """The whole model: `model(input_ids [B, T]) -> logits [B, T, V]`. With a `precision` (helpers.fp8.Recipe) products round their operands."""
 
-    def __init__(self, config: V3Config) -> None:
+    def __init__(self, config: V3Config, precision: Any = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.precision = config, precision
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, dense=n < config.first_k_dense_replace) for n in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -474,6 +486,9 @@ class DeepSeekV3(nn.Module):
             for parameter in self.parameters():
                 if parameter.dim() > 1:  # norms stay 1; everything else is N(0, initializer_range) as in V3 section 4.2
                     parameter.normal_(0.0, config.initializer_range)
+        for name, module in self.named_modules() if precision else ():
+            if isinstance(module, (Linear, Experts)):
+                module.precision = precision.after_attention() if name.endswith("o_proj") else precision
 
     def rope(self, start: int, length: int) -> Tensor:
         """Turns [length, dr/2] of positions start, start + 1, ... as complex numbers, for `rotate`."""

@@ -154,6 +154,9 @@ def descend(model: torch.nn.Module, optimizer: torch.optim.Optimizer, grad_clip:
     """One optimizer step on the gradients at hand, clipped to the norm `grad_clip`; then there are none."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
+    for state in optimizer.state.values() if getattr(model, "precision", None) else ():
+        for moment in ("exp_avg", "exp_avg_sq"):  # BF16 numbers (V3 section 3.3.3), in float32 tensors
+            state[moment].copy_(state[moment].bfloat16())
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -225,7 +228,8 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
     if settings.length <= model.config.num_nextn_predict_layers:
         raise ValueError(f"length={settings.length} is too short for num_nextn_predict_layers={model.config.num_nextn_predict_layers}")
     device = model.lm_head.weight.device
-    identity = {"config": asdict(model.config), "settings": asdict(settings), "corpus": corpus.hash}
+    identity = {"config": asdict(model.config), "settings": asdict(settings), "corpus": corpus.hash,
+                "precision": model.precision and asdict(model.precision)}
     optimizer, routers = adamw(model, settings), model.routers()
     valid = corpus.valid_batch(settings.valid_sequences, settings.length + 1)
     for router in routers:
@@ -238,7 +242,7 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
     def take_step(step: int, history: History, check: Callable[..., None]) -> None:
         done = step / settings.steps * TOTAL
         tokens = corpus.batch(step, settings.seed, settings.batch_size, settings.length + 1).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not model.precision):
             main, mtp, balance = losses(model, tokens)
             weight = settings.mtp_lambda if done < CONSTANT else settings.mtp_lambda_last
             loss = main + weight * mtp + settings.alpha * balance
@@ -264,13 +268,14 @@ def train(model: DeepSeekV3, corpus: data.Corpus, settings: Settings, folder: st
     return loop(model, optimizer, rate, settings.steps, take_step, history, identity, folder, corpus.tokenizer, save_every, label)
 
 
-def run(config: V3Config, corpus: data.Corpus, settings: Settings, label: str) -> tuple[DeepSeekV3, History]:
-    """A model drawn from `settings.seed` and trained, or the finished or half-finished one of exactly this config, corpus and settings."""
+def run(config: V3Config, corpus: data.Corpus, settings: Settings, label: str, precision: Any = None) -> tuple[DeepSeekV3, History]:
+    """A model drawn from `settings.seed` and trained, or the finished or half-finished one of exactly this config, corpus, settings, precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = DeepSeekV3(config).to(device)
-    folder = store.checkpoint_dir(label.replace(" ", "-").lower(), config=config, settings=settings, corpus=corpus.hash)
+        model = DeepSeekV3(config, precision).to(device)
+    more = {"precision": precision} if precision else {}
+    folder = store.checkpoint_dir(label.replace(" ", "-").lower(), config=config, settings=settings, corpus=corpus.hash, **more)
     return model, train(model, corpus, settings, folder, label=label)
 
 

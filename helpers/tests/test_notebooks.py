@@ -32,6 +32,8 @@ SMALL: dict[str, dict] = {
                                   "wrong_prompts": 2, "class_windows": 4, "leak_steps": 4, "draws": 2000, "timing_repeats": 2},
     "04_pretraining": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
                        "valid_sequences": 4, "resume_steps": 4, "resume_hidden": 32, "samples": 4, "new_tokens": 12, "matmul_size": 256},
+    "05_fp8": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 4, "batch_size": 2, "length": 64, "valid_every": 2, "valid_sequences": 4,
+               "side": 256, "inner": 512, "outlier_points": 4},
     "06_long_context": {"vocab_size": 300, "max_bytes": 1_000_000, "hidden_size": 32, "names": 4, "values": 4, "window": 32, "base_steps": 4,
                         "batch_size": 4, "ratios": [2, 2], "phase_steps": 2, "phase_tokens": 128, "map_lengths": [32, 64, 128],
                         "map_documents": 2, "run_controls": True, "cache_contexts": [256, 512], "cache_megabytes": 4, "cache_seconds": 0.01},
@@ -48,7 +50,8 @@ SMALL: dict[str, dict] = {
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
-RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "cost": 3, "cluster": 1, "countdown": 3, "train": 4, "rl": 5, "plots": 0}
+RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "fp8": 3, "cost": 3, "cluster": 1, "countdown": 3, "checkpoint": 4, "train": 5, "rl": 6,
+        "plots": 0}
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
                           r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
 
