@@ -45,7 +45,8 @@ SMALL: dict[str, dict] = {
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
-RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "checkpoint": 3, "cost": 3, "cluster": 1, "countdown": 3, "train": 4, "rl": 5, "plots": 0}
+RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "parallel": 3, "checkpoint": 4, "cost": 3, "cluster": 1, "countdown": 3, "train": 5, "rl": 6,
+        "plots": 0}
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
                           r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
 
