@@ -1,5 +1,6 @@
 """Several processes train what one trains; a killed worker changes nothing. The processes are real: torchrun, gloo, four and two of them."""
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from helpers.train import Settings
 CONFIG = small(vocab_size=300, initializer_range=0.05, num_hidden_layers=2)
 SETTINGS = Settings(steps=20, batch_size=8, length=16, warmup_steps=20, valid_every=7, valid_sequences=4, gamma=0.01)
 KILLS = 2
+LIMIT = 900  # seconds that torchrun and what it starts may live; they need 15 of them on two free cores
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,14 @@ class Torchrun:
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                         cwd=Path(train.__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.seen: dict[int, psutil.Process] = {}
+        self.end = time.monotonic() + LIMIT
 
     def __enter__(self):
         return self
 
     def workers(self):
         """Those alive now, oldest first."""
+        assert time.monotonic() < self.end, f"not done after {LIMIT} s"
         try:
             now = [p for p in psutil.Process(self.process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
         except psutil.NoSuchProcess:
@@ -50,13 +54,14 @@ class Torchrun:
         self.seen |= {p.pid: p for p in now}
         return sorted(now, key=lambda p: p.pid)
 
-    def finish(self, timeout=300):
+    def finish(self):
         self.workers()
-        out, errors = self.process.communicate(timeout=timeout)
+        out, errors = self.process.communicate(timeout=max(self.end - time.monotonic(), 0))
         assert self.process.returncode == 0, errors[-5000:]
         return out
 
     def __exit__(self, *_):
+        self.end = math.inf
         self.workers()
         if self.process.poll() is None:
             self.process.kill()
@@ -128,6 +133,7 @@ def kill_and_finish(out, texts, rng):
     """Kill one of two workers once a checkpoint stands; -> the step of the newest checkpoint at that time."""
     with start(out, texts, restarts=2) as run:
         while not (out / "latest").exists() and run.process.poll() is None:
+            run.workers()
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
         first = run.workers()
