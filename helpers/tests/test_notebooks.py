@@ -33,7 +33,7 @@ SMALL: dict[str, dict] = {
     "04_pretraining": {"vocab_size": 512, "max_bytes": 1_000_000, "steps": 6, "batch_size": 4, "length": 64, "valid_every": 3,
                        "valid_sequences": 4, "resume_steps": 4, "resume_hidden": 32, "samples": 4, "new_tokens": 12, "matmul_size": 256},
     "07_h800_cluster": {"train_steps": 4, "batch_size": 4, "length": 64, "vocab_size": 512, "probe_sequences": 4, "tokens": 2048, "random_cases": 3,
-                        "layers": 2},
+                        "layers": 2, "real_steps": 3, "real_batch": 4, "real_length": 32},
     "08_r1_zero": {"corpus_tokens": 20_000, "corpus_documents": 300, "base_steps": 8, "rl_steps": 2, "questions": 4, "group": 4,
                    "max_new_tokens": 40, "control_steps": 2, "run_controls": True, "test_problems": 16, "passk_problems": 4,
                    "passk_samples": 4, "sweep_problems": 8, "sample_steps": [0, 1]},
