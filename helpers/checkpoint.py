@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers import facts, fp8
+from helpers import facts, fp8, parallel
 from helpers.model import DeepSeekV3, V3Config, rope_frequencies
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ def _parts(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """(published name, the tensor or slice of it in our model), writable in place, for every tensor of the files."""
     N = model.config.num_hidden_layers
     for ours, tensor in model.state_dict(keep_vars=True).items():
-        tensor = tensor.detach()
+        tensor = parallel.whole(tensor.detach())
         name = ours if ours.startswith("lm_head") else f"model.{ours}"
         if ours.startswith("mtp."):  # MTP module k is layer N + k in the files
             _, k, rest = ours.split(".", 2)
@@ -67,12 +67,14 @@ def _write_json(path: Path, content: Any) -> None:
 
 def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None = None, state: dict[str, Any] | None = None,
          shard_bytes: int = 2_000_000_000, files: dict[str, str] | None = None, in_fp8: bool = False) -> Path:
-    """Write a checkpoint and switch `folder/latest` to it. Returns the new checkpoint's own folder.
+    """Write a checkpoint and switch `folder/latest` to it. Returns the new checkpoint's own folder. Of several processes the first writes.
 
     `extra` tensors (an optimizer's) and `state` (JSON) come back from `load_training`; `files` are more text files by name (a
     tokenizer). Weights keep their dtype; `in_fp8` rounds those that V3 rounds. A folder that holds something else is a ValueError.
     """
-    folder = Path(folder)
+    folder, tensors = Path(folder), {name: tensor.contiguous() for name, tensor in _parts(model)}
+    if parallel.RANK:  # it took part in putting the tensors together
+        return folder
     inside = [p.name for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else [folder.name] * folder.exists()
     if foreign := [name for name in inside if not re.fullmatch(r"latest|checkpoint-\d{6,}", name)]:
         raise ValueError(f"{folder} holds {foreign[0]}, which is no checkpoint of ours: choose a new or empty folder")
@@ -80,7 +82,6 @@ def save(model: DeepSeekV3, folder: str | Path, extra: dict[str, Tensor] | None 
     new, part, pointer = folder / f"checkpoint-{number:06d}", folder / f".part-{os.getpid()}", folder / f".latest-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {name: tensor.contiguous() for name, tensor in _parts(model)}
     for name in filter(IN_FP8.fullmatch, list(tensors) if in_fp8 else ()):
         tensors[name], tensors[f"{name}_scale_inv"] = fp8.quantise(tensors[name], (128, 128))
     tensors |= {name: tensors[source] for name, source in _copies(model).items()}

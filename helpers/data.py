@@ -132,7 +132,7 @@ def _tokenized(documents: dict[str, list[str]], vocab_size: int, cache: Path) ->
         for name, value in {**content, "meta.json": json.dumps(meta, indent=1).encode()}.items():
             (temporary / name).write_bytes(value)
         shutil.rmtree(cache, ignore_errors=True)
-        temporary.rename(cache)
+        shutil.move(temporary, cache)  # no error when another process has just put the same there
     tokenizer = Tokenizer.from_str(content["tokenizer.json"].decode())
     tokenizer.encode_special_tokens = True  # the json does not keep it
     return tokenizer, safetensors.load(content["tokens.safetensors"])

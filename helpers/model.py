@@ -304,6 +304,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
         self.balance_loss: Tensor | float = 0.0
+        self.pool: Callable[[Tensor], Tensor] = torch.clone  # counts of a batch -> their mean over the processes that share it
 
     def select(self, scores: Tensor) -> Tensor:
         """scores [N, E] -> indices [N, K] of the chosen experts: those of the best `topk_group` groups by the sum of their top 2."""
@@ -336,7 +337,7 @@ class Router(nn.Module):
         parts = sequences if cfg.seq_aux else 1  # V3 eq. 17-20: within each sequence; Switch and Mixtral: within the batch
         E, tokens = cfg.n_routed_experts, scores.shape[0] // parts
         counts = torch.zeros(parts, E, device=scores.device).scatter_add_(1, index.view(parts, -1), scores.new_ones(parts, index.numel() // parts))
-        share = counts * (E / (cfg.num_experts_per_tok * tokens))
+        share = (counts if cfg.seq_aux else self.pool(counts)) * (E / (cfg.num_experts_per_tok * tokens))
         affinity = (scores / scores.sum(dim=-1, keepdim=True)).view(parts, tokens, E).mean(dim=1)
         self.balance_loss = (share * affinity).sum(dim=-1).mean()
         self.load += counts.sum(dim=0)

@@ -38,7 +38,7 @@ SMALL: dict[str, dict] = {
                         "batch_size": 4, "ratios": [2, 2], "phase_steps": 2, "phase_tokens": 128, "map_lengths": [32, 64, 128],
                         "map_documents": 2, "run_controls": True, "cache_contexts": [256, 512], "cache_megabytes": 4, "cache_seconds": 0.01},
     "07_h800_cluster": {"train_steps": 4, "batch_size": 4, "length": 64, "vocab_size": 512, "probe_sequences": 4, "tokens": 2048, "random_cases": 3,
-                        "layers": 2},
+                        "layers": 2, "real_steps": 3, "real_batch": 4, "real_length": 32},
     "08_r1_zero": {"corpus_tokens": 20_000, "corpus_documents": 300, "base_steps": 8, "rl_steps": 2, "questions": 4, "group": 4,
                    "max_new_tokens": 40, "control_steps": 2, "run_controls": True, "test_problems": 16, "passk_problems": 4,
                    "passk_samples": 4, "sweep_problems": 8, "sample_steps": [0, 1]},
@@ -50,7 +50,8 @@ SMALL: dict[str, dict] = {
 }
 
 # helpers from the bottom up: each may import those of lower rank. `plots` stands alone.
-RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "fp8": 3, "cost": 3, "cluster": 1, "countdown": 3, "checkpoint": 4, "train": 5, "rl": 6,
+RANK = {"facts": 0, "store": 1, "data": 2, "model": 2, "fp8": 3, "parallel": 3, "cost": 3, "cluster": 1, "countdown": 3, "checkpoint": 4,
+        "train": 5, "rl": 6,
         "plots": 0}
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local)/\w"
                           r"|\b[A-Z]:\\+(?:Users|Windows|Program)")
