@@ -45,6 +45,10 @@ SMALL: dict[str, dict] = {
     "09_r1": {"corpus_tokens": 20_000, "base_steps": 8, "cold_traces": 24, "rl_steps": 2, "final_steps": 2, "questions": 4, "group": 4,
               "max_new_tokens": 40, "sample_questions": 4, "samples": 4, "fact_documents": 8, "v3_questions": 4, "v3_tokens": 2000,
               "test_problems": 16, "parity_prompts": 2},
+    "10_distillation": {"corpus_tokens": 20_000, "base_steps": 8, "cold_traces": 24, "teacher_steps": 2, "small": [32, 1], "large": [48, 2],
+                        "student_tokens": 20_000, "control_tokens": 10_000, "run_control": True, "trace_questions": 8, "trace_samples": 2,
+                        "rl_steps": 2, "questions": 4, "group": 4, "max_new_tokens": 40, "watch_every": 1, "watch_questions": 4,
+                        "test_problems": 16},
     "11_training_cost": {"draws": 500},
     "12_claims_checked": {"longest": 160},
 }
