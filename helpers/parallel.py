@@ -74,6 +74,7 @@ class ParallelExperts(Experts):
 
     def __init__(self, experts: Experts, mesh: dist.DeviceMesh) -> None:
         nn.Module.__init__(self)
+        self.precision = experts.precision
         self.group, groups = mesh.get_group("ep"), mesh.get_group("copies")  # each group sums gradients of its own tokens; the loss is a mean over N
         for name, weight in experts.named_parameters():
             setattr(self, name, nn.Parameter(distribute_tensor(weight.detach(), mesh, (Replicate(), Shard(0)), src_data_rank=None).clone()))
@@ -90,7 +91,7 @@ class ParallelExperts(Experts):
         x = AllToAll.apply(_Dispatch.apply(x, order, place, k), sent, got, self.group)
         weights = AllToAll.apply(weights.flatten().index_select(0, order), sent, got, self.group)
         expert = torch.arange(asked.numel(), device=x.device).repeat_interleave(asked.flatten()) % asked.shape[1]
-        here = SimpleNamespace(**{name: weight.to_local() for name, weight in self.named_parameters()})
+        here = SimpleNamespace(precision=self.precision, **{name: weight.to_local() for name, weight in self.named_parameters()})
         out = Experts.forward(here, x, weights.unsqueeze(-1), expert.unsqueeze(-1))  # sorted by expert anew: the order of the global batch
         return _Combine.apply(AllToAll.apply(out, got, sent, self.group), order, place, k)
 
