@@ -1,0 +1,362 @@
+"""Save and load in the Hugging Face layout of DeepSeek-V3, safely.
+
+`folder/` holds numbered checkpoints and `latest`, which points to the newest whole one
+and is switched by one atomic rename: a kill at any moment leaves the old checkpoint or
+the new one. `folder/latest` is what transformers' `from_pretrained` takes. No pickle is
+read. Which of our tensors has which published name is in `helpers.v3.state_dict`.
+
+FP8 files have, as the published ones, `X.weight` in float8_e4m3fn and the scale of each
+block of 128 x 128 in `X.weight_scale_inv`.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from helpers.evidence.facts import V3_CONFIG
+from helpers.v3 import fp8, state_dict
+from helpers.v3.config import V3Config
+from helpers.v3.model import DeepSeekV3
+from helpers.v3.rope import rope_frequencies
+from helpers.v3.tensor_files import (
+    INDEX,
+    CheckpointError,
+    TensorFiles,
+    open_safetensors,
+    read_json,
+)
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+FP8_FORMAT = V3_CONFIG["quantization_config"]
+FP8_BLOCK = (128, 128)
+DAY = 86400  # seconds
+
+
+class Training(NamedTuple):
+    """What a training keeps beside the weights: an optimizer's tensors, and JSON."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def published_parameters(model: DeepSeekV3) -> int:
+    """Numbers in the published files of this model.
+
+    That is the 685B of the Hugging Face page: embedding and head stand in them twice.
+    """
+    weights = model.state_dict()
+    sizes = {}
+    for name, tensor in state_dict.published(model.config, weights):
+        sizes[name] = tensor.numel()
+    copies = state_dict.copies(model.config)
+    return sum(sizes.values()) + sum(sizes[source] for source in copies.values())
+
+
+# ---------------------------------------------------------------------------- save
+
+
+def save(
+    model: DeepSeekV3,
+    folder: str | Path,
+    training: Training | None = None,
+    files: Mapping[str, str] | None = None,
+    in_fp8: bool = False,
+    shard_bytes: int = 2_000_000_000,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint and switch `folder/latest` to it. -> its own folder.
+
+    `training` comes back from `load_training`; `files` are more text files by name (a
+    tokenizer). Weights keep their dtype; `in_fp8` rounds those that V3 rounds.
+    `weights` are the whole tensors under our names, where `model` holds only parts of
+    them (several processes). Raises ValueError for a folder that holds something else.
+    """
+    folder = Path(folder)
+    if weights is None:
+        weights = model.state_dict()
+    tensors = _published_tensors(model.config, weights, in_fp8)
+    number = _next_number(folder)
+    part = folder / f".part-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+    _write_shards(part, tensors, shard_bytes)
+    dtype = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
+    config = model.config.to_hf() | {"torch_dtype": dtype}
+    if in_fp8:
+        config["quantization_config"] = FP8_FORMAT
+    _write_json(part / "config.json", config)
+    if training is not None:
+        kept = {name: tensor.contiguous() for name, tensor in training.tensors.items()}
+        save_file(kept, part / "training.safetensors")
+        _write_json(part / "training.json", training.state)
+    for name, text in (files or {}).items():
+        (part / name).write_text(text, encoding="utf-8")
+    return _publish(part, folder, number)
+
+
+def _published_tensors(
+    config: V3Config, weights: Mapping[str, Tensor], in_fp8: bool
+) -> dict[str, Tensor]:
+    """All tensors of the files by their published names."""
+    tensors = {}
+    for name, tensor in state_dict.published(config, weights):
+        tensor = tensor.detach().contiguous()
+        if in_fp8 and state_dict.IN_FP8.fullmatch(name):
+            tensor, scale = fp8.quantise(tensor, FP8_BLOCK)
+            tensors[f"{name}_scale_inv"] = scale
+        tensors[name] = tensor
+    for name, source in state_dict.copies(config).items():
+        tensors[name] = tensors[source]
+    return tensors
+
+
+def _next_number(folder: Path) -> int:
+    """The number after the newest checkpoint. ValueError for a foreign folder."""
+    if folder.is_dir():
+        inside = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    else:
+        inside = [folder.name] if folder.exists() else []
+    newest = 0
+    for name in inside:
+        if not re.fullmatch(r"latest|checkpoint-\d{6,}", name):
+            raise ValueError(
+                f"{folder} holds {name}, which is no checkpoint of ours: choose a new "
+                "or empty folder"
+            )
+        if name != "latest":
+            newest = max(newest, int(name.removeprefix("checkpoint-")))
+    return newest + 1
+
+
+def _write_shards(part: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    """The weights in files of at most `shard_bytes` (or one tensor), with an index."""
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in plan.filename_to_tensors.items():
+        # cloned, since safetensors refuses tensors that share memory
+        shard = {name: tensors[name].clone() for name in names}
+        save_file(shard, part / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(part / INDEX, index)
+
+
+def _publish(part: Path, folder: Path, number: int) -> Path:
+    """Give the finished `part` its name, switch `latest` to it, remove the older."""
+    for path in part.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before the pointer says so
+    new = folder / f"checkpoint-{number:06d}"
+    while True:
+        try:
+            os.rename(part, new)
+            break
+        except OSError:
+            # another process has just taken this number
+            if not new.exists():
+                raise
+            number += 1
+            new = folder / f"checkpoint-{number:06d}"
+
+    pointer = folder / f".latest-{os.getpid()}"
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(new.name, target_is_directory=True)
+    except OSError:  # no links on this file system: a file with the name in it
+        pointer.write_text(new.name, encoding="utf-8")
+    os.replace(pointer, folder / "latest")
+    _remove_older(folder, new)
+    return new
+
+
+def _remove_older(folder: Path, new: Path) -> None:
+    """Remove older checkpoints, and what dead processes left. Never a living one's."""
+    for old in folder.glob("checkpoint-*"):
+        if old.name < new.name:
+            shutil.rmtree(old, ignore_errors=True)
+    for left in [*folder.glob(".part-*"), *folder.glob(".latest-*")]:
+        pid = int(left.name.rpartition("-")[2])
+        if pid == os.getpid() or _lives(pid, left):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _lives(pid: int, left: Path) -> bool:
+    """Whether the process that wrote `left` may still be at work on it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it lives and is another user's, or the system cannot say
+    try:
+        age = time.time() - left.lstat().st_mtime
+    except FileNotFoundError:
+        return False
+    return age < DAY  # after a day its number belongs to another process
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def resolve(folder: str | Path) -> Path:
+    """The folder with the files: what `latest` points to, or `folder` itself.
+
+    Raises CheckpointError when neither leads to a config.json.
+    """
+    folder = Path(folder)
+    pointer = folder / "latest"
+    if pointer.is_file():
+        pointer = folder / pointer.read_text(encoding="utf-8").strip()
+    for place in (pointer, folder):
+        if (place / "config.json").is_file():
+            return place.resolve()
+    raise CheckpointError(
+        f"no checkpoint in {folder}: neither config.json nor a `latest` that leads to "
+        "one"
+    )
+
+
+def load(folder: str | Path) -> DeepSeekV3:
+    """Read a checkpoint of ours or of transformers: float32, CPU, eval mode.
+
+    `folder` holds `latest`, or is the one with config.json itself. A file whose config
+    promises MTP but which holds no MTP weights (transformers writes such) loads as a
+    model without MTP. A missing, extra, misshapen, truncated or non-float tensor is one
+    CheckpointError that names it; nothing is returned half-read. FP8 is scaled back.
+    """
+    folder = resolve(folder)
+    raw = read_json(folder / "config.json")
+    try:
+        config = V3Config.from_hf(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    _check_quantisation(raw)
+    files = TensorFiles(folder)
+    mtp_layer = f"model.layers.{config.num_hidden_layers}."
+    if not any(name.startswith(mtp_layer) for name in files.names):
+        config = config.with_(num_nextn_predict_layers=0)
+
+    # names and shapes first: nothing is allocated for files that do not fit
+    with torch.device("meta"):
+        model = DeepSeekV3(config)
+    shapes = {}
+    for name, target in state_dict.published(config, model.state_dict()):
+        shapes[name] = target.shape
+    _check_names(files, config, shapes, scales="quantization_config" in raw)
+    tensors = {name: _read_weight(files, name, shape) for name, shape in shapes.items()}
+    _check_copies(files, config, tensors)
+
+    model = model.to_empty(device="cpu").eval()
+    model.inv_freq.copy_(rope_frequencies(config)[0])
+    for name, target in state_dict.published(config, model.state_dict()):
+        target.copy_(tensors[name])
+    return model
+
+
+def load_training(folder: str | Path) -> Training:
+    """What was saved as `training` with the newest checkpoint.
+
+    Raises CheckpointError when there is nothing.
+    """
+    folder = resolve(folder)
+    state = read_json(folder / "training.json")
+    with open_safetensors(folder / "training.safetensors") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Training(tensors, state)
+
+
+def _check_quantisation(raw: Mapping[str, Any]) -> None:
+    """Only FP8 in the published form is read."""
+    if "quantization_config" not in raw:
+        return
+    asked = raw["quantization_config"]
+    if not isinstance(asked, dict) or asked | FP8_FORMAT != asked:
+        raise CheckpointError(
+            f"config.json: quantization_config={asked!r} is not read: it must be "
+            f"{FP8_FORMAT}, or absent"
+        )
+
+
+def _check_names(
+    files: TensorFiles, config: V3Config, shapes: Mapping[str, Any], scales: bool
+) -> None:
+    """The files hold what the config asks for, and nothing that it has no place for."""
+    for name in sorted(shapes):
+        if name not in files.names:
+            raise CheckpointError(
+                f"tensor {name} is missing: the files do not fit their config.json"
+            )
+    allowed = set(shapes) | set(state_dict.copies(config))
+    if scales:
+        allowed |= {f"{name}_scale_inv" for name in shapes}
+    for name in sorted(files.names):
+        if name not in allowed and not state_dict.RECOMPUTED.fullmatch(name):
+            raise CheckpointError(
+                f"tensor {name} is extra: config.json has no place for it"
+            )
+
+
+def _read_weight(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
+    """A tensor of the files, checked; an FP8 one times the scales of its blocks.
+
+    At the edge blocks may be ragged: kv_a_proj_with_mqa has 576 rows.
+    """
+    tensor = files.read(name, shape)
+    scale_name = f"{name}_scale_inv"
+    scaled = scale_name in files.names
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    readable = (torch.float8_e4m3fn,) if scaled else floats
+    if tensor.dtype not in readable:
+        raise CheckpointError(
+            f"tensor {name} is {tensor.dtype} and {scale_name} is "
+            f"{'there' if scaled else 'missing'}: weights are read in float8_e4m3fn "
+            "with it, in float32, bfloat16, float16 and float64 without"
+        )
+    if name.endswith("e_score_correction_bias") and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"tensor {name} holds a bias that is not a finite number: take another copy"
+        )
+    if not scaled:
+        return tensor
+
+    grid = torch.Size(-(-size // 128) for size in shape)
+    scale = _read_weight(files, scale_name, grid)
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(
+            f"tensor {scale_name} holds a scale that is not a finite number above 0: "
+            "take another copy"
+        )
+    return fp8.dequantise(tensor, scale, FP8_BLOCK)
+
+
+def _check_copies(
+    files: TensorFiles, config: V3Config, tensors: Mapping[str, Tensor]
+) -> None:
+    """MTP's copies of embedding and head, where the files have them, must be copies."""
+    for name, source in state_dict.copies(config).items():
+        if name not in files.names:
+            continue
+        copy = _read_weight(files, name, tensors[source].shape)
+        if not torch.equal(copy, tensors[source]):
+            raise CheckpointError(
+                f"tensor {name} differs from {source}: MTP shares its embedding and "
+                "head with the model"
+            )
