@@ -1,0 +1,13 @@
+"""Reasoning by reinforcement learning, on a task that a laptop can learn (R1 section 2).
+
+countdown    the task in English and Spanish: words, problems, tokenizer
+writers      who wrote the corpus: people who verify, and people who guess
+rewards      what the rules pay for (accuracy, format, language) and what curves show
+rollout      sampling answers, and the log-probabilities of their tokens
+grpo         Group Relative Policy Optimization
+sft          supervised fine-tuning on questions and answers
+base         the base model that both start from
+
+Imports from `helpers.training`, `helpers.v3`, `helpers.evidence.facts` and
+`helpers.checks` only. Nothing is exported here: name the module.
+"""
