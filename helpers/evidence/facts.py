@@ -3,7 +3,7 @@
 The figures are data. `facts.toml` has one table a fact, named by its key;
 `sources.toml` spells out the sources and what a status means; `configs.toml` has the
 published model configurations. `fact("v3.total_params")` prints as
-`671B parameters (V3 §4.2; VERIFIED)`. As of 2026-11-22.
+`671B parameters (V3 §4.2; VERIFIED)`. As of 2026-11-25.
 """
 
 import difflib
@@ -13,20 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.checks import need
+from helpers.checks import InputError, check, need
 
 FOLDER = Path(__file__).parent
 VALUE_FIELDS = ("value", "range", "values", "pairs")  # a fact has one of them
 TEXT_FIELDS = ("unit", "source", "status", "note")
 
 
-def read_toml(name: str) -> dict[str, Any]:
-    """What a TOML file of this folder holds."""
-    return tomllib.loads((FOLDER / name).read_text(encoding="utf-8"))
+def read_toml(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """What a TOML file of this folder holds.
+
+    Raises InputError that names file and line for what is not TOML, and for a key or
+    table that stands there twice.
+    """
+    text = (folder / name).read_text(encoding="utf-8")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name} cannot work: {error}") from None
 
 
-SOURCES: dict[str, str] = read_toml("sources.toml")["sources"]
-STATUSES: dict[str, str] = read_toml("sources.toml")["statuses"]
+_LEGEND = read_toml("sources.toml")
+SOURCES: dict[str, str] = _LEGEND["sources"]
+STATUSES: dict[str, str] = _LEGEND["statuses"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +43,7 @@ class Fact:
     """One figure.
 
     `value` is a number or a text, a tuple (low, high), or a dict of several by name; in
-    a dict a tuple is (before, after).
+    a dict a tuple is (before, after). Raises InputError for an unknown status.
     """
 
     value: Any
@@ -44,8 +53,7 @@ class Fact:
     note: str = ""
 
     def __post_init__(self) -> None:
-        known = self.status in STATUSES
-        need(known, "status", self.status, f"use one of {', '.join(STATUSES)}")
+        check_status("status", self.status)
 
     def __str__(self) -> str:
         figure = f"{readable(self.value)} {self.unit}".strip()
@@ -81,37 +89,76 @@ def readable(value: Any, between: str = "–") -> str:
 
 def source_keys(source: str) -> list[str]:
     """The keys in a source: `"V3 §4.2; ISCA §4.1"` gives `["V3", "ISCA"]`."""
-    return [part.split()[0] for part in source.split(";")]
+    parts = [part.split() for part in source.split(";")]
+    return [words[0] for words in parts if words]
+
+
+def check_source(field: str, source: str) -> None:
+    """Raise InputError unless the source names a key, and all its keys are known."""
+    check(field, source, str)
+    keys = source_keys(source)
+    known = bool(keys) and all(key in SOURCES for key in keys)
+    need(known, field, source, "name keys that sources.toml explains")
+
+
+def check_status(field: str, status: str) -> None:
+    """Raise InputError unless sources.toml explains the status."""
+    need(status in STATUSES, field, status, f"use one of {', '.join(STATUSES)}")
 
 
 def read_fact(key: str, row: Mapping[str, Any]) -> Fact:
-    """The fact in one table of facts.toml.
+    """The fact in one table of facts.toml; `key` is the table's name.
 
-    Raises ValueError that names the key for an unknown field, more or less than one
-    value, and an unknown status or source.
+    Raises InputError that names the key for an unknown field, for no value or several,
+    for a value that is not what its field says, and for an unknown source or status.
     """
+    fields = (*VALUE_FIELDS, *TEXT_FIELDS)
     for field in row:
-        known = field in VALUE_FIELDS or field in TEXT_FIELDS
-        fields = ", ".join((*VALUE_FIELDS, *TEXT_FIELDS))
-        need(known, f"{key}: field", field, f"use one of {fields}")
+        need(field in fields, f"{key}: field", field, f"use one of {', '.join(fields)}")
     given = [field for field in VALUE_FIELDS if field in row]
     need(len(given) == 1, f"{key}: fields", given, "give exactly one kind of value")
-    value = row[given[0]]
-    if given == ["range"]:
-        value = tuple(value)
-    if given == ["pairs"]:
-        value = {name: tuple(pair) for name, pair in value.items()}
-    source = row.get("source", "")
-    for source_key in source_keys(source) if source else [""]:
-        known = source_key in SOURCES
-        need(known, f"{key}: source", source, "its keys must be in sources.toml")
-    return Fact(
-        value,
-        row.get("unit", ""),
-        source,
-        row.get("status", ""),
-        row.get("note", ""),
-    )
+    texts = {field: row.get(field, "") for field in TEXT_FIELDS}
+    for field, text in texts.items():
+        check(f"{key}: {field}", text, str)
+    check_source(f"{key}: source", texts["source"])
+    check_status(f"{key}: status", texts["status"])
+    return Fact(_read_value(key, given[0], row[given[0]]), **texts)
+
+
+def _read_value(key: str, kind: str, entry: Any) -> Any:
+    """The Python value of a fact: what TOML writes as a list is a tuple here."""
+    field = f"{key}: {kind}"
+    if kind == "value":
+        _check_figure(field, entry)
+        return entry
+    if kind == "range":
+        low, high = _read_two(field, entry)
+        need(low <= high, field, entry, "the lower end comes first")
+        return low, high
+    check(field, entry, dict)
+    need(len(entry) > 0, field, entry, "give at least one figure")
+    if kind == "pairs":
+        return {name: _read_two(field, pair) for name, pair in entry.items()}
+    for figure in entry.values():
+        _check_figure(field, figure)
+    return entry
+
+
+def _read_two(field: str, entry: Any) -> tuple[float, float]:
+    two = isinstance(entry, list) and len(entry) == 2
+    need(two, field, entry, "give two numbers in brackets")
+    for number in entry:
+        check(field, number, float)
+    first, second = entry
+    return first, second
+
+
+def _check_figure(field: str, figure: Any) -> None:
+    if isinstance(figure, str):
+        return
+    number = type(figure) in (int, float)
+    need(number, field, figure, "give a number, or a text (a date too) in quotes")
+    check(field, figure, float)
 
 
 FACTS: dict[str, Fact] = {
@@ -123,11 +170,13 @@ def fact(key: str) -> Fact:
     """The figure under `key`; an unknown key is a ValueError with the nearest ones."""
     if key not in FACTS:
         near = difflib.get_close_matches(key, FACTS, n=3, cutoff=0.4)
-        raise ValueError(f"no fact {key!r}; nearest: {', '.join(near) or 'none'}")
+        raise InputError(f"no fact {key!r}; nearest: {', '.join(near) or 'none'}")
     return FACTS[key]
 
 
-def _peers(configs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
+def _read_peers(
+    configs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, tuple[str, dict[str, Any]]]:
     """name -> (model_type, arguments of transformers.AutoConfig.for_model)."""
     peers = {}
     for name, config in configs.items():
@@ -138,6 +187,6 @@ def _peers(configs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str,
 
 _CONFIGS = read_toml("configs.toml")
 # The config.json of the 671B model as published
-V3_CONFIG: dict[str, Any] = _CONFIGS.pop("deepseek_v3")
+V3_CONFIG: dict[str, Any] = _CONFIGS["deepseek_v3"]
 # The models that it is compared with
-PEERS = _peers(_CONFIGS)
+PEERS = _read_peers(_CONFIGS["peers"])

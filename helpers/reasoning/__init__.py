@@ -1,4 +1,4 @@
-"""Reasoning by reinforcement learning, on a task that a laptop can learn (R1 section 2).
+"""Reasoning by reinforcement learning (R1 v1 section 2), on a task for a laptop.
 
 countdown    the task in English and Spanish: words, problems, tokenizer
 writers      who wrote the corpus: people who verify, and people who guess

@@ -22,7 +22,7 @@ belong to a language, by their key in WORDS:
     right   right    bien       the verdict of a check: the total is the target
     wrong   wrong    mal        the verdict of a check: it is not
     wait    wait     espera     goes on to another attempt
-    stuck   stuck    atascado   gives up: the last attempt is answered though it is wrong
+    stuck   stuck    atascado   gives up: the last attempt is the answer, though wrong
     fact    fact     dato       opens a text without a question: an expression, checked
     answer  answer   respuesta  in no text of the corpus
     makes   makes    da         in no text of the corpus
@@ -32,7 +32,7 @@ The words that belong to none:
     A          ends the question (A as in "answer"): all that follows is the answer
     ;          parts thoughts and answer where a writer uses no tags
     =          the total so far follows
-    <think> ... </think> <answer> ... </answer>    the tags of R1 (section 2.2.3)
+    <think> ... </think> <answer> ... </answer>    the tags of R1 v1, section 2.2.3
     <|end|>    ends a text
 
 No text is ever evaluated as code.
@@ -53,7 +53,9 @@ from helpers.checks import Range, Whole, check, need
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 DIGITS = 4  # in a question
-ANSWER_WORDS = 2 * DIGITS - 1  # of a full expression: the digits and a sign between each
+ANSWER_WORDS = (
+    2 * DIGITS - 1
+)  # of a full expression: the digits and a sign between each
 LARGEST = 60  # total on the way, and target
 OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
@@ -107,7 +109,7 @@ TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
 END_TEXT = "<|end|>"
 NUMBERS = tuple(str(number) for number in range(100))
-# A word's place is its token id. Trained models depend on it: add words at the end only.
+# A word's place is its token id. Trained models depend on it: add words at the end.
 VOCABULARY = (END_TEXT, *NUMBERS, *OPERATORS, "=", ";", "A", *TAGS, *LANGUAGE)
 
 # A hash puts each digit tuple into one of 128 bins; a split is a range of bins.
@@ -214,8 +216,10 @@ def candidates(
     An expression with a total outside 0..60 on the way is not allowed, though its end
     may be. Raises InputError for operators other than + - * and for none.
 
+    Of the four below, 9 - 8 - 2 ends below 0, and 9 * 8 passes 60.
+
     >>> dict(candidates((9, 8, 2), "-*"))
-    {'9 - 8 - 2'...
+    {'9 - 8 * 2': 2}
     """
     check_operators(operators)
     found = {}

@@ -14,7 +14,8 @@ import shutil
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ VALID_SHARE = 0.08  # of the files, by a hash of the path
 # that follows | a word | up to three digits, as in DeepSeek-V3 | a run of other signs |
 # other white space. A word or a run of signs takes one space before it along.
 PIECES = r"\n+[ \t]*| ?[\p{L}\p{M}_]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}_]+|[^\S\n]+"
+BOM = "\ufeff"  # byte order mark, with which some editors begin a file
 CLASSES = ("keyword", "name", "operator", "number", "string", "comment", "space")
 # of the standard library: what is no source that people wrote for others to read.
 # pydoc_data is one generated file, as large as all other validation files together
@@ -67,8 +69,7 @@ def stdlib_files() -> list[Path]:
 def text_files(folder: str | Path) -> list[Path]:
     """Every file under `folder` that is UTF-8 without NUL, sorted.
 
-    Hidden and empty ones are left out, and those whose own name is not UTF-8. Raises
-    ValueError when that leaves none.
+    Hidden and empty ones are left out. Raises ValueError when that leaves none.
     """
     paths = sorted(filter(_is_text, _visible_files(Path(folder))), key=Path.as_posix)
     if not paths:
@@ -89,14 +90,13 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether all of the file is UTF-8 text, its name included."""
+    """Whether all of the file is UTF-8 text."""
     content = path.read_bytes()
     if content == b"" or b"\0" in content:
         return False
     try:
-        path.as_posix().encode("utf-8")
         content.decode("utf-8")
-    except UnicodeError:
+    except UnicodeDecodeError:
         return False
     return True
 
@@ -106,8 +106,13 @@ def is_valid(path: str) -> bool:
 
     No other file has a say in it.
     """
-    digest = hashlib.sha256(path.encode()).hexdigest()
+    digest = hashlib.sha256(_path_bytes(path)).hexdigest()
     return int(digest[:8], 16) < VALID_SHARE * 2**32
+
+
+def _path_bytes(path: str) -> bytes:
+    """UTF-8. Python reads a name in another encoding as surrogates: they may pass."""
+    return path.encode("utf-8", "surrogatepass")
 
 
 # ----------------------------------------------------------------------------- corpus
@@ -165,6 +170,24 @@ class Corpus:
         starts = torch.arange(n) * (len(windows) - 1) // max(n - 1, 1)
         return windows[starts].long()
 
+    def valid_documents(self) -> Iterator[str]:
+        """The text of each validation file, in the order of their paths."""
+        behind_ends = (self.valid == END).nonzero().flatten() + 1
+        for document in self.valid.tensor_split(behind_ends)[:-1]:
+            yield self.decode(document[:-1])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of any text, without END; `decode` gives exactly the same text back."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of a list or 1-D tensor of ids.
+
+        END shows as <|end|>, a character cut in two as U+FFFD.
+        """
+        plain = torch.as_tensor(ids).tolist()
+        return self.tokenizer.decode(plain, skip_special_tokens=False)
+
 
 def _windows(tokens: Tensor, length: int, which: str) -> Tensor:
     """All windows of `length` tokens as a view [windows, length]."""
@@ -205,7 +228,7 @@ def load(
             )
     fingerprint = hashlib.sha256()
     for path, text in content.items():
-        fingerprint.update(f"{path}\0{len(text)}\0".encode() + text)
+        fingerprint.update(_path_bytes(path) + f"\0{len(text)}\0".encode() + text)
     cache = runs.run_dir(
         "corpus",
         contents=fingerprint.hexdigest(),
@@ -220,7 +243,7 @@ def load(
     files = {split: len(texts) for split, texts in documents.items()}
     seen = paths if folder is None else _visible_files(root)
     files["skipped"] = len(seen) - len(content)
-    name = root.resolve().name
+    name = _path_bytes(root.resolve().name).decode("utf-8", "replace")
     if folder is None:
         name = "Python {}.{} standard library".format(*sys.version_info)
     return Corpus(
@@ -319,8 +342,8 @@ def _read_cache(cache: Path) -> dict[str, bytes] | None:
 
 def _write_cache(cache: Path, content: dict[str, bytes]) -> None:
     """Write beside `cache` and move there, so that no half is ever seen."""
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
-    runs.make_folder(temporary)
+    # a process id does not do: another container may have the same
+    temporary = runs.writable(cache.with_name(f"{cache.name}.{uuid.uuid4().hex}"))
     for name, value in content.items():
         (temporary / name).write_bytes(value)
     meta = json.dumps(_digests(content), indent=1)
@@ -361,12 +384,13 @@ def _class_of_each_character(source: str) -> Tensor:
     """int64 [characters + 1]; the last entry, index -1, is "space"."""
     # a lone CR ends a line, and a BOM is no part of the first one
     readable = re.sub(r"\r(?!\n)", "\n", source)
-    skipped = len(readable) - len(readable.removeprefix("\ufeff"))
+    skipped = 1 if readable.startswith(BOM) else 0
     starts = [skipped]
     for match in re.finditer("\n", readable):
         starts.append(match.end())
     readable = readable[skipped:]
     class_at = torch.full((len(source) + 1,), CLASSES.index("operator"))
+    class_at[:skipped] = CLASSES.index("space")
     class_at[-1] = CLASSES.index("space")
     try:
         for token in tokenize.generate_tokens(io.StringIO(readable).readline):

@@ -311,7 +311,7 @@ def _save(
             tensors[f"{name}.{kind}"] = world.whole(value)
     if not world.first:
         return
-    runs.make_folder(plan.folder)
+    runs.writable(plan.folder)
     state = plan.identity | {"step": step, "history": history}
     checkpoint.save(
         trainer.model,
@@ -340,7 +340,7 @@ def _alone_in(plan: Plan, world: World) -> Iterator[None]:
     if plan.folder is None or not world.first:
         yield
         return
-    runs.make_folder(plan.folder.parent)
+    runs.writable(plan.folder.parent)
     lock = FileLock(plan.folder.with_name(f".{plan.folder.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -37,7 +37,8 @@ TOTAL = 14.8
 CONSTANT = 10.0
 COSINE = 14.3
 LOW = 14.633
-LAST_RATE = 7.3e-6 / 2.2e-4
+V3_PEAK = 2.2e-4
+V3_LAST = 7.3e-6
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ def learning_rate(step: int, settings: Settings) -> float:
     if done < CONSTANT:
         return peak
     if done < COSINE:
-        progress = (done - CONSTANT) / (COSINE - CONSTANT)
-        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        angle = math.pi * (done - CONSTANT) / (COSINE - CONSTANT)
+        return low + (peak - low) * 0.5 * (1 + math.cos(angle))
     if done < LOW:
         return low
-    return peak * LAST_RATE
+    return peak * V3_LAST / V3_PEAK
 
 
 class Losses(NamedTuple):

@@ -1,10 +1,11 @@
-"""Where runs are kept, and how a run knows the code that computed it.
+"""Where runs are kept, how each is named, and which code made it.
 
-A run's folder is named by a hash of all that decides its numbers: configuration,
-settings, corpus, seed. The code decides them too, but a hash of it would throw runs
-away for a reworded error message. So a run keeps, when it is made, the hash of the code
-and a witness: the losses of its first three steps. Other code with the same witness
-computes the same numbers.
+What can be made again lies in `cache_dir()`, which git ignores; it may be removed at
+any time. A run's folder is named by a hash of all that decides its numbers:
+configuration, settings, corpus, seed. The code decides them too, but a hash of it in
+the name would throw runs away for a reworded error message. So a run keeps, when it is
+made, the hash of the code and a witness: the losses of its first three steps. Other
+code with the same witness computes the same numbers.
 """
 
 import dataclasses
@@ -13,51 +14,68 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from helpers.training.source import REPOSITORY, hash_of, modules_of
 
-PACKAGE = Path(__file__).resolve().parent.parent
-# the rooms whose code decides the numbers of a run
-COMPUTING = ("helpers.v3", "helpers.training", "helpers.reasoning")
+if TYPE_CHECKING:
+    from torch import nn
+
 WITNESS_STEPS = 3
+# Losses agree within this share of their size: other processors round otherwise.
+WITNESS_TOLERANCE = 1e-5
+
+Verdict = Literal["same code", "code changed, numbers same", "stale"]
 
 
 def home() -> Path:
-    """The repository root, or the folder that the variable V3LAB_HOME names."""
+    """The repository, or the folder that the environment variable V3LAB_HOME names."""
     named = os.environ.get("V3LAB_HOME")
-    return Path(named).expanduser() if named else PACKAGE.parent
+    return Path(os.path.expanduser(named)) if named else REPOSITORY
 
 
 def cache_dir() -> Path:
-    """`home()/.lab`: checkpoints and the tokenized corpus.
-
-    All of it can be made again, so it may be removed at any time.
-    """
+    """`home()/.lab`: checkpoints and the tokenized corpus."""
     return home() / ".lab"
 
 
-def make_folder(folder: Path) -> Path:
-    """Create `folder` and those above it; -> the folder.
+def writable(folder: Path) -> Path:
+    """Create `folder` and those above it where they are missing; -> the folder.
 
-    Raises OSError that names V3LAB_HOME when nothing can be written there.
+    OSError that names V3LAB_HOME where nothing can be written, as in a read-only
+    checkout.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "no permission to write"
     except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
         raise OSError(
-            f"{folder} cannot be created ({error.strerror}): set the environment "
-            "variable V3LAB_HOME to a folder that you may write to"
-        ) from None
+            f"nothing can be written to {str(folder)!r} ({reason}): set the "
+            "environment variable V3LAB_HOME to a folder that you may write to"
+        )
     return folder
 
 
-def key(**parts: object) -> str:
-    """16 hex digits, the same for the same parts in any order on any machine.
+def as_json(value: object) -> dict[str, Any]:
+    """What `json.dumps` cannot write itself: a dataclass as the dict of its fields.
 
-    Raises TypeError with the part's name for one that is not JSON (NaN included) nor a
+    TypeError for anything else.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(
+        f"{type(value).__name__} cannot be written as JSON; use numbers, strings, "
+        "lists, dicts or a dataclass of these"
+    )
+
+
+def key(**parts: object) -> str:
+    """16 hex digits, the same for the same parts in any order, on any machine.
+
+    TypeError with the part's name for a part that is neither JSON (NaN is not) nor a
     dataclass of it.
     """
     for name, part in parts.items():
@@ -69,34 +87,24 @@ def key(**parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def as_json(value: object) -> dict[str, Any]:
-    """For json.dumps: a dataclass as a dict of its fields; others are a TypeError."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(
-        f"{type(value).__name__} cannot be written as JSON; use numbers, strings, "
-        "lists, dicts or a dataclass of these"
-    )
-
-
 def run_dir(label: str, /, **parts: object) -> Path:
     """The folder for what `label` makes from exactly these parts; not created here.
 
-    Raises TypeError as `key` does.
+    TypeError as in `key`.
     """
     return cache_dir() / f"{label}-{key(**parts)}"
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits of a model's config and weights, to key what is made from them."""
+def fingerprint(model: "nn.Module") -> str:
+    """16 hex digits of a model's config and weights, to name what is made from them."""
+    # Here, since whoever only reads recorded results should not wait for torch.
+    import torch
+
     digest = hashlib.sha256(str(model.config).encode())
     for name, tensor in model.state_dict().items():
-        content = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        digest.update(name.encode() + content)
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + data.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------ provenance
 
 
 def code_hash(module: str, root: Path = REPOSITORY) -> str:
@@ -111,90 +119,30 @@ def code_hash(module: str, root: Path = REPOSITORY) -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The code that made a run, and the losses of the run's first three steps."""
+    """The code that made a run, and what the run looked like at its start.
+
+    code: `code_hash` of the module that trains. witness: the losses of the first
+    `WITNESS_STEPS` steps; fewer only where the run has fewer. A run's state keeps both
+    as `dataclasses.asdict(provenance)`; `Provenance(**kept)` is the way back.
+    """
 
     code: str
     witness: list[float]
 
-    def verdict(
-        self, now: "Provenance"
-    ) -> Literal["same code", "code changed, numbers same", "stale"]:
-        """What the run is worth under the code of today.
+    def verdict(self, now: "Provenance") -> Verdict:
+        """What a run made by `self` is worth under the code of `now`.
 
-        Losses agree within 1e-5 of their size: other processors round otherwise.
+        Witnesses of different lengths disagree, and so do empty ones: nothing was
+        compared.
         """
         if self.code == now.code:
             return "same code"
-        pairs = zip(self.witness, now.witness, strict=False)
-        agree = all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) for a, b in pairs)
-        if agree and len(self.witness) == len(now.witness) > 0:
-            return "code changed, numbers same"
-        return "stale"
+        if not self.witness or len(self.witness) != len(now.witness):
+            return "stale"
+        for mine, theirs in zip(self.witness, now.witness, strict=True):
+            if not math.isclose(mine, theirs, rel_tol=WITNESS_TOLERANCE):
+                return "stale"
+        return "code changed, numbers same"
 
 
-@cache
-def code_hash(module: str) -> str:
-    """12 hex digits of `module` and all that it imports from the computing rooms.
-
-    Formatting, comments and docstrings do not count. Nothing is imported: the sources
-    are read. Raises ValueError for a module that is not of helpers.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(_reachable(module)):
-        tree = ast.parse(_source(name).read_text(encoding="utf-8"))
-        digest.update(f"{name}\0{ast.dump(_without_docstrings(tree))}\0".encode())
-    return digest.hexdigest()[:12]
-
-
-def _reachable(module: str) -> set[str]:
-    """`module` and the modules of the computing rooms that it leads to."""
-    found = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        tree = ast.parse(_source(name).read_text(encoding="utf-8"))
-        for imported in _imports(tree):
-            if imported.startswith(COMPUTING) and _is_module(imported):
-                waiting.append(imported)
-    return found
-
-
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """The modules that a source may import; names of a package's members too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}"
-
-
-def _source(module: str) -> Path:
-    """The file of a module of helpers."""
-    path = PACKAGE.parent.joinpath(*module.split("."))
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if module.startswith("helpers.") and file.is_file():
-            return file
-    raise ValueError(f"module={module!r} cannot work: it must be a module of helpers")
-
-
-def _is_module(name: str) -> bool:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """Change `tree`: no docstring stays; -> the same tree."""
-    for node in ast.walk(tree):
-        if not isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        ):
-            continue
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return tree
+make_folder = writable  # its name in loop.py; goes when loop.py says `writable`

@@ -165,7 +165,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Write out keys and values of every head, then attend as usual.
 
-        latent [B, T, c + dr]; mask booleans [1 or B, T, T] or None for plain causal
+        latent [B, S, c + dr]; mask booleans [T, S] or [B, T, S], None for plain causal
         attention. -> [B, T, h, dv].
         """
         config = self.config
@@ -186,7 +186,7 @@ class MLA(nn.Module):
             q.to(v.dtype).transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=None if mask is None else mask.unsqueeze(1),
+            attn_mask=None if mask is None else mask.unsqueeze(-3),
             is_causal=mask is None,
             scale=self.softmax_scale,
         )
@@ -203,8 +203,8 @@ class MLA(nn.Module):
 
         q_nope . (W_UK l) = (W_UK^T q_nope) . l: W_UK moves into the query, W_UV behind
         the softmax, and all heads attend to the same S latents, as in an MQA of width
-        c + dr. latent [B, S, c + dr]; mask booleans [1 or B, T, S] or None (every query
-        sees all S). -> [B, T, h, dv].
+        c + dr. latent [B, S, c + dr]; mask booleans [T, S] or [B, T, S], None where
+        every query sees all S. -> [B, T, h, dv].
         """
         B, T, h, _ = q_nope.shape
         c = self.config.kv_lora_rank
@@ -223,7 +223,7 @@ class MLA(nn.Module):
             out = torch.bmm(logits.softmax(dim=-1), latent[..., :c])
         else:
             if mask is not None:
-                mask = mask.repeat_interleave(h, dim=1).unsqueeze(1)
+                mask = mask.repeat_interleave(h, dim=-2).unsqueeze(-3)
             keys = latent.unsqueeze(1)
             out = F.scaled_dot_product_attention(
                 q.unsqueeze(1), keys, keys, attn_mask=mask, scale=self.softmax_scale

@@ -5,6 +5,7 @@ knows nothing of FP8. A CPU has no fast FP8 product, so operands are rounded to 
 scaled back, and multiplied in float32: what a GPU computes that adds up in float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -196,11 +197,11 @@ class Recipe:
         With `ends` it is `grouped.grouped_linear`: weight [E, out, in].
         """
         flat = x.flatten(0, -2)
-        out = _RoundedProduct.apply(flat, weight, ends, self)
+        out = RoundedProduct.apply(flat, weight, ends, self)
         return out.unflatten(0, x.shape[:-1])
 
 
-class _RoundedProduct(torch.autograd.Function):
+class RoundedProduct(torch.autograd.Function):
     """x [rows, in] times weight [out, in], or [E, out, in] with the rows' `ends`."""
 
     @staticmethod
@@ -276,27 +277,46 @@ def _expert_products(recipe: Recipe) -> tuple[Product, Product]:
     return recipe.pow2("x").linear, recipe.pow2("g").linear
 
 
-def convert(model: DeepSeekV3, recipe: Recipe) -> DeepSeekV3:
+# what a layer of this name gets, None where it stays as it is
+ByName = Callable[[str], Recipe | None]
+
+
+def convert(model: DeepSeekV3, recipe: Recipe | ByName) -> DeepSeekV3:
     """Change `model` so that its products round their operands; -> the same model.
 
     Its parameters, their names and their order stay. Rounded are the linear layers of
     attention and feed-forwards and the routed experts: what the published files hold
-    in FP8.
+    in FP8. A function gives each layer its own recipe by its name, for instance
+    "layers.1.self_attn.o_proj" or "layers.1.mlp.experts".
     """
-    for module in list(model.modules()):
+    by_name = _everywhere(recipe) if isinstance(recipe, Recipe) else recipe
+    for name, module in list(model.named_modules()):
         if isinstance(module, MLA | MLP):
-            _round_linears(module, recipe)
-        if isinstance(module, MLA):
+            _round_linears(name, module, by_name)
+        if isinstance(module, MLA) and isinstance(module.kv_b_proj, RoundedLinear):
             module.__class__ = RoundedMLA  # the same layer, one method another
         if isinstance(module, Experts):
-            module.products = _expert_products(recipe)
+            own = by_name(name)
+            if own is not None:
+                module.products = _expert_products(own)
     return model
 
 
-def _round_linears(parent: nn.Module, recipe: Recipe) -> None:
+def _everywhere(recipe: Recipe) -> ByName:
+    """V3's rule: one recipe, with powers of two after attention."""
+
+    def by_name(name: str) -> Recipe:
+        return recipe.after_attention() if name.endswith("o_proj") else recipe
+
+    return by_name
+
+
+def _round_linears(prefix: str, parent: nn.Module, by_name: ByName) -> None:
     for name, layer in list(parent.named_children()):
-        if isinstance(layer, nn.Linear):
-            own = recipe.after_attention() if name == "o_proj" else recipe
+        if not isinstance(layer, nn.Linear):
+            continue
+        own = by_name(f"{prefix}.{name}")
+        if own is not None:
             setattr(parent, name, RoundedLinear(layer, own))
 
 

@@ -37,7 +37,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(dim=-1)
     # the maximum goes first: no temperature is so small that the rest overflows
-    scaled = (logits.float() - largest.float()) / temperature
+    divisor = max(temperature, torch.finfo(torch.float32).tiny)
+    scaled = (logits.float() - largest.float()) / divisor
     cdf = torch.softmax(scaled, dim=-1).cumsum(dim=-1)
     uniform = torch.rand(logits.shape[0], 1, generator=generator, device=logits.device)
     drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).squeeze(-1)

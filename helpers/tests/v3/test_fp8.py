@@ -22,6 +22,7 @@ from helpers.v3.fp8 import (
     recipe_of,
 )
 from helpers.v3.grouped import PLAIN_PRODUCTS, grouped_linear
+from helpers.v3.state_dict import IN_FP8, published
 
 import pytest
 import torch
@@ -418,8 +419,8 @@ def test_the_rounded_layers_are_the_ones_that_the_published_files_have_in_fp8():
             rounded.add(name)
     names = {
         name.removesuffix(".weight")
-        for name, _ in checkpoint._parts(model)
-        if checkpoint.IN_FP8.fullmatch(name)
+        for name, _ in published(model.config, model.state_dict())
+        if IN_FP8.fullmatch(name)
     }
     ours = set()
     for name in names:  # published names -> ours
@@ -638,14 +639,18 @@ def test_an_fp8_checkpoint_has_the_published_form_and_loads_as_the_rounded_weigh
     )
     loaded = checkpoint.load(tmp_path)
     for (name, ours), (_, original) in zip(
-        checkpoint._parts(loaded), checkpoint._parts(model), strict=True
+        published(loaded.config, loaded.state_dict()),
+        published(model.config, model.state_dict()),
+        strict=True,
     ):
         assert torch.equal(
             ours, Rounding((128, 128))(original) if name in codes else original
         ), name
     again = checkpoint.load(checkpoint.save(loaded, tmp_path / "again", in_fp8=True))
     for (name, a), (_, b) in zip(
-        checkpoint._parts(again), checkpoint._parts(loaded), strict=True
+        published(again.config, again.state_dict()),
+        published(loaded.config, loaded.state_dict()),
+        strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-6, atol=0), (
             name
@@ -749,10 +754,9 @@ def files(tmp_path):
     ],
 )
 def test_a_broken_fp8_file_is_named(files, change, message):
-    tensors = load_file(files / "model-00001-of-00001.safetensors")
+    tensors = load_file(files / "model.safetensors")
     change(tensors)
-    (files / checkpoint.INDEX).unlink()
-    (files / "model-00001-of-00001.safetensors").unlink()
+    (files / "model.safetensors").unlink()
     save_file(tensors, files / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(files)
