@@ -55,7 +55,8 @@ class Pair:
                 continue
 
             def run(implementation: str = implementation) -> None:
-                self.theirs.set_experts_implementation(implementation)
+                their_model: Any = self.theirs
+                their_model.set_experts_implementation(implementation)
                 theirs()
 
             jobs[implementation] = run

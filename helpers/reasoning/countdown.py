@@ -53,10 +53,9 @@ from helpers.checks import Range, Whole, check, need
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 DIGITS = 4  # in a question
-ANSWER_WORDS = (
-    2 * DIGITS - 1
-)  # of a full expression: the digits and a sign between each
+ANSWER_WORDS = 2 * DIGITS - 1  # of a full expression: digits and the signs between
 LARGEST = 60  # total on the way, and target
+Target = Annotated[int, Range(0, LARGEST)]
 OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -138,7 +137,7 @@ class Problem:
             self.digits,
             f"give a tuple of {DIGITS} whole numbers from 1 to 9",
         )
-        check("target", self.target, Annotated[int, Range(0, LARGEST)])
+        check("target", self.target, Target)
         check_language(self.language)
 
     @property

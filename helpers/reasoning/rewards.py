@@ -46,7 +46,13 @@ def final_answer(text: str) -> list[str]:
 def accuracy(problem: Problem, text: str, operators: str = ALL_OPERATORS) -> float:
     """1.0 if the final answer is an allowed expression that hits the target, else 0.0.
 
-    Allowed: the digits in their order, known operators, no total outside 0..60.
+    Allowed: the digits in their order, known operators, no total outside 0..60. The
+    text is looked up among all `candidates`, so nothing of it is calculated.
+
+    >>> accuracy(Problem((2, 6, 9, 1), 21), "2 * 6 + 9 * 1")
+    1.0
+    >>> accuracy(Problem((2, 6, 9, 1), 21), "<answer> 6 * 2 + 9 * 1 </answer>")
+    0.0
     """
     answer = " ".join(final_answer(text))
     value = candidates(problem.digits, operators).get(answer)

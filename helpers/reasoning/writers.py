@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 OTHER = {"en": "es", "es": "en"}
-TRIES = 10  # of a search, before its writer gives up
+TRIES = 10  # of a search in the corpus at most
 # An expression is drawn by softmax(-|its value - target| / width): a wider one guesses.
 TRY_WIDTH = 12
 GUESS_WIDTH = 20
@@ -95,12 +95,12 @@ def search(
 ) -> tuple[str, str]:
     """Try, check, wait, try again -> the thoughts, and the expression to answer with.
 
-    No candidate comes twice. The search ends with the first that hits the target
-    ("right"); or with "stuck", after a wrong check with the chance `give_up`, after
-    `tries` tries, and when no candidate is left. A number of tries beyond the number of
-    candidates (at most 27 with four digits) goes on to the last one, so a target that
-    can be hit is hit. The expression is that of the last try. `switch` is the chance
-    that the language changes with a try. Raises InputError for what cannot be searched.
+    No candidate comes twice, and the expression is that of the last try. The search
+    ends at the first candidate that hits the target. Otherwise its writer is "stuck":
+    after any wrong check with the chance `give_up`, after `tries` tries for certain,
+    and when no candidate is left. Four digits have at most 27 candidates, so with 27
+    tries and give_up=0 a target that can be hit is hit. `switch` is the chance that the
+    language changes with a try. Raises InputError for what cannot be searched.
 
     >>> thoughts, expression = search(Problem((2, 6, 9, 1), 21), random.Random(10))
     >>> first, second = thoughts.split(" wait ")
@@ -135,8 +135,8 @@ def search(
         if right:
             break
 
-        nothing_left = n == tries or not untried
-        if nothing_left or rng.random() < give_up:
+        last_try = n == tries or not untried
+        if last_try or rng.random() < give_up:
             thoughts.append(lexicon["stuck"])
             break
         thoughts.append(lexicon["wait"])
@@ -153,7 +153,8 @@ def _pick(
 
 def _verdict(language: str, target: int, right: bool) -> str:
     lexicon = WORDS[language]
-    return f"{lexicon['check']} {target} {lexicon['right' if right else 'wrong']}"
+    verdict = lexicon["right"] if right else lexicon["wrong"]
+    return f"{lexicon['check']} {target} {verdict}"
 
 
 def summary(problem: Problem, expression: str) -> str:
@@ -169,17 +170,17 @@ def summary(problem: Problem, expression: str) -> str:
 
 
 def answer_text(
-    thoughts: str, expression: str, tagged: bool = True, summary: str = ""
+    thoughts: str, expression: str, tagged: bool = True, last_line: str = ""
 ) -> str:
-    """The whole answer, with tags or without. The summary stands after tags only.
+    """The whole answer, with tags or without; `last_line` stands after tags only.
 
-    >>> answer_text("try 2 + 3 = 5 so", "2 + 3", summary="check 5 right")
+    >>> answer_text("try 2 + 3 = 5 so", "2 + 3", last_line="check 5 right")
     '<think> try 2 + 3 = 5 so </think> <answer> 2 + 3 </answer> check 5 right'
     >>> answer_text("try 2 + 3 = 5 so", "2 + 3", tagged=False)
     'try 2 + 3 = 5 so ; 2 + 3'
     """
     if tagged:
-        parts = [THINK, thoughts, END_THINK, ANSWER, expression, END_ANSWER, summary]
+        parts = [THINK, thoughts, END_THINK, ANSWER, expression, END_ANSWER, last_line]
     else:
         parts = [thoughts, ";", expression]
     return " ".join(part for part in parts if part)

@@ -86,7 +86,7 @@ class TorchrunWorld(World):
         mesh = dist.init_device_mesh(
             self.device, shape, mesh_dim_names=("copies", "ep")
         )
-        own = set()
+        own: set[nn.Parameter] = set()
         for module in list(model.modules()):
             if isinstance(module, MoE):
                 module.experts = ParallelExperts(module.experts, mesh, self)
@@ -160,8 +160,7 @@ class ParallelExperts(Experts):
 
         def average(weight: Tensor) -> None:
             """Change the gradient: each group summed over its own tokens only."""
-            grad = weight.grad.to_local().div_(world.size)
-            dist.all_reduce(grad, group=copies)
+            dist.all_reduce(_here(weight.grad).div_(world.size), group=copies)
 
         placement = (Replicate(), Shard(0))
         for name, weight in experts.named_parameters():
@@ -202,10 +201,16 @@ class ParallelExperts(Experts):
             rows,
             row_weights.unsqueeze(-1),
             expert.unsqueeze(-1),
-            self.gate_up_proj.to_local(),
-            self.down_proj.to_local(),
+            _here(self.gate_up_proj),
+            _here(self.down_proj),
             self.products,
         )
 
         # combine: back to the tokens, summed over each one's choices
         return combine(exchange.move(out, got, sent), to)
+
+
+def _here(tensor: Tensor | None) -> Tensor:
+    """The part of a distributed tensor that this process holds."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

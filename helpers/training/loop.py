@@ -51,20 +51,24 @@ class LossNotFinite(ArithmeticError):
     """What `must_be_finite` raises; the loop adds where the run stands."""
 
 
-class Settings(Protocol):
+class AdamWSettings(Protocol):
     """What AdamW is built from."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    weight_decay: float
+    @property
+    def lr(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 class Trainer(Protocol):
     """What one step of a training does."""
 
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
 
     def gradients(self, step: int) -> float:
         """Put the gradients of `step` in place, leave the weights; -> its loss."""
@@ -170,7 +174,7 @@ def must_be_finite(loss: float, after: bool = False) -> None:
         raise LossNotFinite(f"loss is {loss}" + (" after" if after else ""))
 
 
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def adamw(model: nn.Module, settings: AdamWSettings) -> torch.optim.AdamW:
     """AdamW with the rate, betas and weight decay of `settings`.
 
     Vectors (norms) are not decayed.

@@ -209,7 +209,7 @@ class Pretrainer:
         for routing in self.losses.routings:
             loads.append(self.world.total(routing.load()))
         violations = [max_violation(load) for load in loads]
-        kept = {
+        kept: dict[str, Any] = {
             "loss": self.seen[1],
             "mtp_loss": self.seen[2],
             "lr": learning_rate(step, settings),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from helpers.training.source import REPOSITORY, hash_of, modules_of
+from helpers.training.source import REPOSITORY, Sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,10 +111,10 @@ def code_hash(module: str, root: Path = REPOSITORY) -> str:
     """12 hex digits of the code that `module` rests on, itself included.
 
     Over all modules of `helpers.v3`, `helpers.training` and `helpers.reasoning` that it
-    imports, directly or not (`source.modules_of`). Formatting, comments and docstrings
+    imports, directly or not (`Sources.modules_of`). Formatting, comments and docstrings
     do not count. Nothing is imported. InputError where there is no such module.
     """
-    return hash_of(modules_of(module, root), root)
+    return Sources(root).code_hash(module)
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,14 @@ class Provenance:
     """The code that made a run, and what the run looked like at its start.
 
     code: `code_hash` of the module that trains. witness: the losses of the first
-    `WITNESS_STEPS` steps; fewer only where the run has fewer. A run's state keeps both
+    `WITNESS_STEPS` steps; fewer only where the run has fewer. compared: the code that
+    the witness was last compared with and agreed; "" before. A run's state keeps them
     as `dataclasses.asdict(provenance)`; `Provenance(**kept)` is the way back.
     """
 
     code: str
     witness: list[float]
+    compared: str = ""
 
     def verdict(self, now: "Provenance") -> Verdict:
         """What a run made by `self` is worth under the code of `now`.
@@ -137,12 +139,11 @@ class Provenance:
         """
         if self.code == now.code:
             return "same code"
+        if self.compared == now.code:
+            return "code changed, numbers same"
         if not self.witness or len(self.witness) != len(now.witness):
             return "stale"
         for mine, theirs in zip(self.witness, now.witness, strict=True):
             if not math.isclose(mine, theirs, rel_tol=WITNESS_TOLERANCE):
                 return "stale"
         return "code changed, numbers same"
-
-
-make_folder = writable  # its name in loop.py; goes when loop.py says `writable`

@@ -190,7 +190,7 @@ def check_yarn(yarn: dict[str, Any]) -> None:
     check_part(kind == "yarn", "only type 'yarn' is computed (null for plain RoPE)")
     check_part(yarn.get("truncate", True) is True, "truncate=false is not computed")
     for name in YARN_NUMBERS:
-        value = yarn.get(name)
+        value: Any = yarn.get(name)
         number = type(value) in (int, float) and 0 <= value <= 1e308
         check_part(
             value is None or number, f"{name} must be a finite number of at least 0"

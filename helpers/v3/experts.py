@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     """What a router decided for BT tokens, and what training asks of it afterwards."""
 
     weights: Tensor  # [BT, K] of the chosen experts, float32
-    index: Tensor  # [BT, K] the chosen experts
+    chosen: Tensor  # [BT, K] the chosen experts
     scores: Tensor  # [BT, E] affinity to every expert
     sequences: int  # B
 
@@ -64,7 +64,7 @@ class Routing(NamedTuple):
 
     def _counts(self, parts: int) -> Tensor:
         """Tokens of each of `parts` equal parts that chose each expert: [parts, E]."""
-        index = self.index.view(parts, -1)
+        index = self.chosen.view(parts, -1)
         counts = torch.zeros(
             parts, self.scores.shape[-1], device=index.device, dtype=torch.float32
         )
@@ -195,8 +195,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """x [BT, H], weights and index [BT, K] -> the experts' weighted sum [BT, H]."""
-        gate_up_proj = self.gate_up_proj
-        down_proj = self.down_proj
+        gate_up_proj: Tensor = self.gate_up_proj
+        down_proj: Tensor = self.down_proj
         if torch.is_autocast_enabled(x.device.type):
             # grouped_mm takes no part in autocast
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -224,7 +224,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [B, T, H] -> [B, T, H] (V3 eq. 12, without the residual), its routing."""
         routing = self.gate(x)
-        out = self.experts(x.flatten(0, -2), routing.weights, routing.index).view_as(x)
+        out = self.experts(x.flatten(0, -2), routing.weights, routing.chosen).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, routing

@@ -26,7 +26,7 @@ class ExpertOrder(NamedTuple):
     order: Tensor  # [BT*K]: the row that stands at each place
     place: Tensor  # [BT*K]: the place of each row, the inverse of `order`
     ends: Tensor  # [E] int32: one past the last place of each expert
-    chosen: int  # K
+    per_token: int  # K
 
 
 def sort_by_expert(index: Tensor, experts: int) -> ExpertOrder:
@@ -74,12 +74,12 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(x: Tensor, to: ExpertOrder) -> Tensor:
     """x [BT, H] -> a copy of each token for each of its experts, sorted [BT*K, H]."""
-    return _Dispatch.apply(x, to.order, to.place, to.chosen)
+    return _Dispatch.apply(x, to.order, to.place, to.per_token)
 
 
 def combine(y: Tensor, to: ExpertOrder) -> Tensor:
     """y [BT*K, H] sorted by expert -> the sum of each token's K rows [BT, H]."""
-    return _Combine.apply(y, to.order, to.place, to.chosen)
+    return _Combine.apply(y, to.order, to.place, to.per_token)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

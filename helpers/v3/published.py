@@ -165,9 +165,9 @@ def _move_rope(fields: dict[str, Any]) -> None:
         )
         if "rope_theta" in rope:
             fields["rope_theta"] = rope["rope_theta"]
-        scaling = {"rope_type": rope.get("type", "default")}
-        scaling.update((k, v) for k, v in rope.items() if k != "rope_theta")
-        fields["rope_scaling"] = scaling
+        moved = {"rope_type": rope.get("type", "default")}
+        moved.update((k, v) for k, v in rope.items() if k != "rope_theta")
+        fields["rope_scaling"] = moved
     scaling = fields.get("rope_scaling")
     if isinstance(scaling, Mapping):
         plain = scaling.get("rope_type", scaling.get("type")) == "default"

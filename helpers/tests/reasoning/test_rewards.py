@@ -52,7 +52,7 @@ def test_every_true_summary_is_readable_in_the_language_of_the_question():
             for language in ("en", "es"):
                 reader = Problem(problem.digits, problem.target, language)
                 line = writers.summary(reader, expression)
-                text = writers.answer_text("try", expression, summary=line)
+                text = writers.answer_text("try", expression, last_line=line)
                 assert text.endswith(line)
                 assert rewards.well_formed(text)
                 own = language == problem.language

@@ -149,7 +149,7 @@ def test_tries_switch_and_give_up_at_their_rates():
 
 
 def test_answer_texts_by_hand():
-    text = writers.answer_text("so", "2 + 3", summary="check 5 right")
+    text = writers.answer_text("so", "2 + 3", last_line="check 5 right")
     assert text == "<think> so </think> <answer> 2 + 3 </answer> check 5 right"
     without = writers.answer_text("", "2 + 3")
     assert without == "<think> </think> <answer> 2 + 3 </answer>"

@@ -71,7 +71,7 @@ def test_a_routing_counts_each_choice_and_the_router_keeps_nothing():
     for mode in (True, False):
         routing = router.train(mode)(x)
         assert torch.equal(
-            routing.load(), routing.index.flatten().bincount(minlength=8)
+            routing.load(), routing.chosen.flatten().bincount(minlength=8)
         )
     after = router.state_dict()
     assert before.keys() == after.keys()
@@ -164,7 +164,7 @@ def test_moe_output_and_gradients_equal_the_double_loop(
         results.append([out, rows.grad, *(p.grad.clone() for p in moe.parameters())])
     for fast, plain in zip(*results, strict=True):
         assert torch.allclose(fast, plain, atol=1e-5)
-    chosen = moe.gate(x).index.unique().tolist()
+    chosen = moe.gate(x).chosen.unique().tolist()
     assert 5 not in chosen and len(chosen) > 4
     for grad in results[0][3:5]:  # gate_up_proj and down_proj
         assert (
@@ -196,7 +196,7 @@ def test_the_fast_path_is_the_plain_loop_that_readers_see(f):
             moe.experts.down_proj.detach().clone(),
         ]
         x, weights, gate_up, down = (t.requires_grad_() for t in tensors)
-        out = compute(x, weights, routing.index, gate_up, down)
+        out = compute(x, weights, routing.chosen, gate_up, down)
         out.backward(torch.randn(18, 24))
         results.append([out, *(t.grad for t in tensors)])
     for plain, fast in zip(*results, strict=True):
@@ -206,7 +206,7 @@ def test_the_fast_path_is_the_plain_loop_that_readers_see(f):
 def test_saved_tensor_hooks_and_version_checks_see_what_dispatch_keeps():
     """What a backward pass needs must go through `save_for_backward`."""
     moe = draw(small()).layers[1].mlp
-    to = sort_by_expert(moe.gate(torch.randn(1, 6, 24)).index, 8)
+    to = sort_by_expert(moe.gate(torch.randn(1, 6, 24)).chosen, 8)
     packed = []
 
     def pack(tensor):

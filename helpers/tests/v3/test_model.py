@@ -23,7 +23,7 @@ def test_mtp_depths_have_the_papers_shapes():
     model, tokens = draw(config), ids(config, 2, 11)
     logits, routings = model.predict_further(model.hidden(tokens), tokens)
     assert [tuple(k.shape) for k in logits] == [(2, 10, 61), (2, 9, 61)]
-    assert [len(routing.index) for routing in routings] == [20, 18]
+    assert [len(routing.chosen) for routing in routings] == [20, 18]
     without = draw(small(num_nextn_predict_layers=0))
     assert without.predict_further(torch.zeros(2, 11, 24), tokens) == ([], [])
 
