@@ -46,17 +46,15 @@ def rerecord(notebook: Path, seeds: Sequence[int], arm: str | None = None) -> No
     parts = _parts(defaults, seeds, arm)
     for number, part in enumerate(parts, start=1):
         where = f"[{number}/{len(parts)}] {notebook.stem}, {part}"
-        if _is_current(notebook.stem, part, defaults):
+        if _missing(notebook.stem, part, defaults, Judge()) is None:
             print(f"{where}: up to date", flush=True)
             continue
         print(f"{where}: running", flush=True)
         began = time.monotonic()
         _run(notebook, part, defaults)
-        if not _is_current(notebook.stem, part, defaults):
-            raise RecordingFailed(
-                f"{where}: it ran to its end, but there is no up-to-date result of it "
-                f"in {stored.files_of(notebook.stem).main.name}"
-            )
+        missing = _missing(notebook.stem, part, defaults, Judge())
+        if missing:
+            raise RecordingFailed(f"{where}: it ran to its end, but {missing}")
         print(f"{where}: done in {time.monotonic() - began:.0f} s", flush=True)
     _all_are_there(notebook.stem, parts, defaults)
 
@@ -78,20 +76,23 @@ def _parts(
     return [Part(seed, name) for seed in seeds for name in chosen]
 
 
-def _is_current(name: str, part: Part, defaults: dict[str, Any]) -> bool:
-    """Whether the part is recorded with the notebook's parameters and today's code."""
-    result = stored.read(stored.files_of(name).main)
+def _missing(
+    name: str, part: Part, defaults: dict[str, Any], judge: Judge
+) -> str | None:
+    """What keeps the recorded part from being up to date; None: it is."""
+    file = stored.files_of(name).main
+    result = stored.read(file)
     if result is None or part.seed not in result.seeds:
-        return False
+        return f"{file.name} has no such seed"
     # A notebook may record some under other names: only those in common can differ.
     for shared in result.parameters.keys() & defaults.keys():
         if runs.key(x=result.parameters[shared]) != runs.key(x=defaults[shared]):
-            return False
+            return f"{file.name} was recorded with another {shared}"
     arms = result.seeds[part.seed].get("arms", {})
     if part.arm is not None and part.arm not in arms:
-        return False
-    verdict = Judge().verdict(result.provenance.get(part.seed))
-    return verdict in (stored.CURRENT, stored.SAME_NUMBERS)
+        return f"{file.name} has no such arm of this seed"
+    verdict = judge.verdict(result.provenance.get(part.seed))
+    return None if verdict in stored.UP_TO_DATE else f"{file.name} says: {verdict}"
 
 
 def _run(notebook: Path, part: Part, defaults: dict[str, Any]) -> None:
@@ -149,7 +150,8 @@ def _make_main(before: dict[Path, int], after: dict[Path, int]) -> None:
 
 def _all_are_there(name: str, parts: Sequence[Part], defaults: dict[str, Any]) -> None:
     """A later arm must not have put an earlier one out."""
-    lost = [part for part in parts if not _is_current(name, part, defaults)]
+    judge = Judge()
+    lost = [part for part in parts if _missing(name, part, defaults, judge)]
     if lost:
         raise RecordingFailed(
             f"{name}: {'; '.join(map(str, lost))}: recorded and lost again. A notebook "

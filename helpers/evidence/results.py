@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from helpers.evidence import stored
 from helpers.evidence.rerecord import RecordingFailed, rerecord
 from helpers.evidence.stored import Judge, Result, results_dir
-from helpers.training import runs as kept_runs
+from helpers.training.runs import as_json
 
 __all__ = ["REWRITTEN", "check", "listing", "main", "record", "recorded", "results_dir"]
 
@@ -50,30 +50,33 @@ def record(
     """Put one seed's numbers into `results_dir()/NAME.json`; -> the file written.
 
     parameters: every size and step count, without seeds and arms. runs: {label:
-    history} of all trainings that the numbers rest on. Which code made them is recorded
-    too, and the code that made the numbers out of them.
+    history} of all trainings that the numbers rest on; recorded is which code made
+    them. Recorded too is the code that made the numbers out of them.
 
     A file with the same parameters keeps its other seeds. A file with other parameters
     is left alone, and the result goes to NAME.other.json (overwritten when its
     parameters differ too). keep_arms: `data["arms"]` holds only some of the arms; the
-    seed's other arms stay as recorded where the same code evaluated them.
+    seed's other arms stay as recorded where they are up to date.
 
     Floats in `data` are rounded to 6 significant digits. ValueError for NaN or
     infinity, TypeError for what is not JSON; the file on disk then stays as it was.
     """
     try:
-        text = json.dumps(data, default=kept_runs.as_json, allow_nan=False)
+        text = json.dumps(data, default=as_json, allow_nan=False)
     except ValueError as error:
         raise ValueError(
             f"{name}, seed {seed}: only finite numbers can be recorded ({error})"
         ) from error
     rounded = json.loads(text, parse_float=_rounded)
-    provenance = Judge().provenance(name, runs or {})
+    judge = Judge()
+    provenance = judge.provenance(name, runs or {})
 
     path, result = _file_for(name, parameters)
-    if keep_arms and seed in result.seeds:
-        before = result.provenance.get(seed)
-        _add_arms(rounded, provenance, result.seeds[seed], before)
+    before = result.provenance.get(seed)
+    if keep_arms and before and judge.verdict(before) in stored.UP_TO_DATE:
+        known = result.seeds[seed].get("arms", {})
+        rounded["arms"] = known | rounded.get("arms", {})
+        provenance = judge.joined(before, provenance)
     result.seeds[seed] = rounded
     result.provenance[seed] = provenance
     result.versions = {
@@ -100,24 +103,6 @@ def _file_for(name: str, parameters: Mapping[str, Any]) -> tuple[Path, Result]:
     if other is not None and other.made_with(parameters):
         return files.other, other
     return files.other, Result(name, dict(parameters))
-
-
-def _add_arms(
-    data: dict[str, Any],
-    provenance: dict[str, Any],
-    data_before: Mapping[str, Any],
-    provenance_before: Mapping[str, Any] | None,
-) -> None:
-    """Change `data` and `provenance`: the arms recorded before, and their runs, join.
-
-    They do not where other code evaluated them: they would be stale.
-    """
-    if provenance_before is None:
-        return
-    if provenance_before["evaluation"] != provenance["evaluation"]:
-        return
-    data["arms"] = data_before.get("arms", {}) | data.get("arms", {})
-    provenance["runs"] = provenance_before["runs"] | provenance["runs"]
 
 
 def recorded(name: str, parameters: Mapping[str, Any]) -> dict[int, Any]:
@@ -171,7 +156,7 @@ def listing() -> list[Line]:
 
 
 def check() -> int:
-    """0, or 1 where a notebook in `REWRITTEN` rests on a stale result: it is printed."""
+    """1 where a notebook in `REWRITTEN` rests on a stale result, which is printed."""
     found = 0
     for line in listing():
         notebook = stored.notebook_of(line.result)

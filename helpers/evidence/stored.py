@@ -33,12 +33,12 @@ Verdict = Literal[
     "stale",
     "first edition: no provenance, stale",
 ]
-# From best to worst; a seed is worth what the worst of its runs is.
 CURRENT: Verdict = "current"
 SAME_NUMBERS: Verdict = "code changed, numbers same"
 NOT_COMPARED: Verdict = "code changed, not compared"
 STALE: Verdict = "stale"
 FIRST_EDITION: Verdict = "first edition: no provenance, stale"
+UP_TO_DATE = (CURRENT, SAME_NUMBERS)
 
 
 @dataclass
@@ -196,14 +196,26 @@ class Judge:
             for code in (kept.code, kept.compared):
                 if code in self.trainers():
                     modules -= self.sources.modules_of(self.trainers()[code])
-        evaluation = {
-            "code": self.sources.hash_of(modules),
-            "modules": sorted(modules),
+        return {"runs": made, "evaluation": self._evaluation(modules)}
+
+    def joined(
+        self, before: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The provenance of a seed that holds numbers of both; both are up to date."""
+        modules = {*before["evaluation"]["modules"], *now["evaluation"]["modules"]}
+        return {
+            "runs": before["runs"] | now["runs"],
+            "evaluation": self._evaluation(modules),
         }
-        return {"runs": made, "evaluation": evaluation}
+
+    def _evaluation(self, modules: set[str]) -> dict[str, Any]:
+        return {"code": self.sources.hash_of(modules), "modules": sorted(modules)}
 
     def verdict(self, provenance: Mapping[str, Any] | None) -> Verdict:
-        """What a seed with this provenance is worth; None: it has none."""
+        """What a seed with this provenance is worth; None: it has none.
+
+        It is worth what the worst of its runs is.
+        """
         if provenance is None:
             return FIRST_EDITION
         if not self.same_evaluation(provenance):
