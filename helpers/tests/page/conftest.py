@@ -1,6 +1,8 @@
 """What the tests of pages share: a shell that displays, and kernels that run cells."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import nbclient
 import nbformat
@@ -8,6 +10,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def shell() -> Iterator[InteractiveShell]:
 
 
 @pytest.fixture
-def run_cells(tmp_path):
+def run_cells():
     """Run cells in a real kernel, as Jupyter does; -> the outputs of the last one.
 
     A cell that fails ends the run.
@@ -29,14 +33,13 @@ def run_cells(tmp_path):
     def run(*sources: str) -> list[nbformat.NotebookNode]:
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         notebook = nbformat.v4.new_notebook(cells=cells)
-        resources = {"metadata": {"path": str(tmp_path)}}
+        resources = {"metadata": {"path": str(ROOT)}}
         client = nbclient.NotebookClient(
             notebook, kernel_name="python3", timeout=120, resources=resources
         )
-        try:
+        # the outputs hold what the reader sees of it
+        with suppress(CellExecutionError):
             client.execute()
-        except CellExecutionError:
-            pass  # the outputs hold what the reader sees of it
         return cells[-1].outputs
 
     return run

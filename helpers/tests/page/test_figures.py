@@ -3,6 +3,9 @@
 import base64
 import subprocess
 import sys
+from pathlib import Path
+
+from helpers.page import figures
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -10,8 +13,7 @@ import numpy as np
 import pytest
 from IPython.utils.capture import capture_output
 
-from helpers.page import figures
-
+ROOT = Path(__file__).resolve().parents[3]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -43,6 +45,7 @@ def test_every_style_can_be_drawn(ax):
     ax.figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_the_look_is_set_on_import_and_by_this_module_only():
     assert matplotlib.rcParams["lines.linewidth"] == 1.8
     script = (
@@ -53,7 +56,7 @@ def test_the_look_is_set_on_import_and_by_this_module_only():
         "import helpers.page.figures\n"
         "assert matplotlib.rcParams['lines.linewidth'] == 1.8\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_recorded_runs_are_a_band_and_the_live_run_a_line(ax):

@@ -3,11 +3,6 @@
 import math
 from typing import Annotated, Literal
 
-import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from helpers.checks import Count, InputError, NonNegative, Positive, Range, Share
 from helpers.page.parameters import (
     ParameterError,
@@ -18,6 +13,11 @@ from helpers.page.parameters import (
     require,
     some,
 )
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 HUGE = 10**9
 
@@ -136,6 +136,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(value=ANYTHING)
 def test_any_value_is_taken_or_refused_by_name(value):
     for kind in (Seeds, some(Count, 1, 2), between(0, 5), at_most(Share, 0.5) | None):

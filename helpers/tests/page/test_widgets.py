@@ -2,11 +2,11 @@
 
 import html
 
+from helpers.page import figures, widgets
+
 import matplotlib.pyplot as plt
 import pytest
 from ipywidgets import HTML, FloatSlider, IntSlider
-
-from helpers.page import figures, widgets
 
 
 def draw_share(experts: int) -> None:

@@ -14,7 +14,7 @@ from helpers.training.source import REPOSITORY, Sources
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -90,6 +90,7 @@ plain = st.recursive(
 part_names = st.from_regex(r"[a-z_]+", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(part_names, plain, max_size=4), st.randoms())
 def test_key_does_not_depend_on_the_order_of_parts(parts, random):
     names = list(parts)
