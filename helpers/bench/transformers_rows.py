@@ -76,14 +76,13 @@ def make_pair(config: V3Config, device: str) -> Pair:
 
 def rows(pair: Pair, repeats: int, new_tokens: int) -> list[Row]:
     """Training, prefill and decoding."""
-    return [
-        *(training_row(pair, *size, repeats) for size in ((16, 256), (4, 1024))),
-        prefill_row(pair, repeats),
-        *(
-            decoding_row(pair, *size, repeats, new_tokens)
-            for size in ((1, 64), (1, 512), (64, 64), (64, 512))
-        ),
-    ]
+    found = []
+    for batch, length in ((16, 256), (4, 1024)):
+        found.append(training_row(pair, batch, length, repeats))
+    found.append(prefill_row(pair, repeats))
+    for batch, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
+        found.append(decoding_row(pair, batch, prompt, repeats, new_tokens))
+    return found
 
 
 def training_row(pair: Pair, batch: int, length: int, repeats: int) -> Row:

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -133,14 +134,20 @@ def notebook_of(name: str, folder: Path = NOTEBOOKS) -> Path | None:
 def code_of(notebook: Path) -> str:
     """The code cells of a notebook as one Python text, without IPython's commands."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
-    lines = []
+    cells = []
     for cell in content["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        for line in "".join(cell["source"]).splitlines():
-            command = line.lstrip().startswith(("%", "!"))
-            lines.append("pass" if command else line)
-    return "\n".join(lines)
+        if cell["cell_type"] == "code":
+            cells.append(_plain_python("".join(cell["source"])))
+    return "\n".join(cells)
+
+
+def _plain_python(cell: str) -> str:
+    """The code of a cell; `pass` stands for each line that only IPython knows."""
+    try:
+        ast.parse(cell)
+    except SyntaxError:
+        return re.sub(r"^(\s*)[%!].*$", r"\1pass", cell, flags=re.MULTILINE)
+    return cell
 
 
 def defaults_of(notebook: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A training is a `Trainer` (what a step does) and a `Plan` (how many steps, where
 are kept). A step draws its randomness from (seed, step) alone.
 """
 
-import hashlib
+import copy
 import json
 import math
 import signal
@@ -12,16 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from helpers.training import runs
 from helpers.training.parallel import World
-from helpers.v3 import checkpoint
+from helpers.training.run_folder import RunFolder
 
 import torch
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -38,7 +38,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A training that was asked to stop and has saved; the message says how to go on.
+    """A training that was asked to stop; the message says how to go on.
 
     Jupyter shows the message and no traceback.
     """
@@ -49,6 +49,10 @@ class Stopped(KeyboardInterrupt):
 
 class LossNotFinite(ArithmeticError):
     """What `must_be_finite` raises; the loop adds where the run stands."""
+
+    def __init__(self, loss: float, after: bool) -> None:
+        super().__init__(f"loss is {loss}")
+        self.after = after
 
 
 class AdamWSettings(Protocol):
@@ -65,7 +69,10 @@ class AdamWSettings(Protocol):
 
 
 class Trainer(Protocol):
-    """What one step of a training does."""
+    """What one step of a training does.
+
+    All that a step changes is in `model`, `optimizer` and the plan's `keep`.
+    """
 
     model: Any
     optimizer: torch.optim.AdamW
@@ -82,8 +89,9 @@ class Plan:
     """A training apart from what its steps do.
 
     identity: JSON that a resumed run must share. module: the module whose code decides
-    the numbers. folder: where it is saved, or None. keep: more tensors that belong to
-    the state, by name. history: what there is before the first step.
+    the numbers. folder: where it is saved, or None. save_every: steps between
+    checkpoints. keep: more tensors that belong to the state, by name. history: what
+    there is before the first step.
     """
 
     steps: int
@@ -105,73 +113,68 @@ def train_in_steps(
 ) -> History:
     """Do the steps that `plan.folder` lacks, at the learning rate rate(step).
 
+    The model must be as it was drawn, or where an earlier call for this folder left it.
     -> the history: for each name that `update` returns a list with an entry a step;
-    "seconds"; "provenance", the code and the first losses. Ctrl-C or Jupyter's stop
-    ends after the step at hand, saves, and raises `Stopped`. Raises TrainingDiverged
-    for a loss that is not finite, ValueError for a folder of another run.
+    "seconds"; "provenance", the code and the first losses. A second program that trains
+    the same run waits. A run of other code, which gives other numbers, is moved aside.
+    Ctrl-C or Jupyter's stop ends after the step at hand, saves, and raises `Stopped`; a
+    second one ends at once. Raises TrainingDiverged for a loss that is not finite,
+    ValueError for a folder of another run.
     """
-    world = world or World()
-    with _alone_in(plan, world):
-        start, history = _begin(trainer, rate, plan, world)
-        return _run(trainer, rate, plan, world, start, history)
-
-
-def _run(
-    trainer: Trainer,
-    rate: Callable[[int], float],
-    plan: Plan,
-    world: World,
-    start: int,
-    history: History,
-) -> History:
-    saved = start
-    trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off
-    hidden = start == plan.steps or not world.first
-    with (
-        _stop_after_step() as stop,
-        tqdm(
-            total=plan.steps,
-            initial=start,
-            desc=plan.label,
-            unit="step",
-            disable=hidden,
-        ) as bar,
-    ):
-        for step in range(start, plan.steps):
-            _set_rate(trainer.optimizer, rate(step))
-            clock = _Clock(world)
-            try:
-                loss = trainer.gradients(step)
-                must_be_finite(loss)
-                # only now is it known that the step before left good weights
-                if step % plan.save_every == 0 and step != saved:
-                    _save(trainer, plan, world, step, history)
-                    saved = step
-                kept = trainer.update(step)
-            except LossNotFinite as error:
-                message = _diverged(str(error), step, saved, rate(step), plan)
-                raise TrainingDiverged(message) from None
-
-            _witness(history, loss)
-            for name, value in kept.items():
-                history.setdefault(name, []).append(value)
-            clock.add_to(history)
-            bar.update()
-            bar.set_postfix(_shown(history), refresh=False)
-
-            stopped = any(world.mean(float(stop.is_set()))) and step + 1 < plan.steps
-            if step + 1 == plan.steps or stopped:
-                _save(trainer, plan, world, step + 1, history)
-            if stopped:
-                raise Stopped(_how_to_go_on(step + 1, plan))
+    run = _Run(trainer, rate, plan, world or World())
+    try:
+        with run.folder.alone():
+            run.begin()
+            _do_steps(run)
+    except LossNotFinite as found:
+        raise TrainingDiverged(run.diverged(found)) from None
+    except Stopped:
+        raise
+    except KeyboardInterrupt:
+        raise Stopped(run.cut_off()) from None
     trainer.model.eval()
-    return history
+    return run.history
+
+
+def _do_steps(run: "_Run") -> None:
+    """Do the steps that are left, saving every `save_every` steps and at the end."""
+    trainer = run.trainer
+    plan = run.plan
+    trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off
+    bar = tqdm(
+        total=plan.steps,
+        initial=run.done,
+        desc=plan.label,
+        unit="step",
+        disable=run.done == plan.steps or not run.world.first,
+    )
+    with _stop_after_step() as asked, bar:
+        for step in range(run.done, plan.steps):
+            clock = _Clock(run.world)
+            run.set_rate(step)
+            loss = trainer.gradients(step)
+            must_be_finite(loss)
+            # only now is it known that the step before left good weights
+            if step % plan.save_every == 0:
+                run.save()
+            kept = trainer.update(step)
+            run.count(loss, kept)
+            clock.add_to(run.history)
+            bar.update()
+            bar.set_postfix(_shown(run.history), refresh=False)
+
+            # all processes stop where one was asked to
+            stopped = any(run.world.mean(float(asked.is_set())))
+            if stopped and run.done < plan.steps:
+                run.save()
+                raise Stopped(run.how_to_go_on())
+        run.save()
 
 
 def must_be_finite(loss: float, after: bool = False) -> None:
     """Stop a training whose loss is no number; `after` its weights were changed."""
     if not math.isfinite(loss):
-        raise LossNotFinite(f"loss is {loss}" + (" after" if after else ""))
+        raise LossNotFinite(loss, after)
 
 
 def adamw(model: nn.Module, settings: AdamWSettings) -> torch.optim.AdamW:
@@ -201,163 +204,161 @@ def descend(
     optimizer.zero_grad(set_to_none=True)
 
 
-# ---------------------------------------------------------------- begin, save, resume
+# ------------------------------------------------------------------ where a run stands
 
 
-def _begin(
-    trainer: Trainer, rate: Callable[[int], float], plan: Plan, world: World
-) -> tuple[int, History]:
-    """Where to go on from: (steps done, history), with model and optimizer as then."""
-    code = runs.code_hash(plan.module)
-    fresh = dict(plan.history)
-    fresh["provenance"] = {"code": code, "witness": []}
-    start = 0
-    history = fresh
-    if plan.folder is not None and (plan.folder / "latest").exists():
-        found = checkpoint.load_training(plan.folder)
-        _check_identity(found.state, plan)
-        if _still_valid(found, trainer, rate, plan, code):
-            _restore(found, trainer, plan, world)
-            start = found.state["step"]
-            history = found.state["history"]
-        elif world.first:
-            _move_aside(plan.folder)
-    mark = json.dumps([plan.identity, start, code], sort_keys=True)
-    digest = int(hashlib.sha256(mark.encode()).hexdigest()[:12], 16)
-    if not world.agree(digest):
-        raise ValueError(
-            "the processes do not see the same text or checkpoint: they need the same "
-            "Python, --text and --out (a shared folder)"
+class _Run:
+    """A training as it goes: the steps done, those saved, the history so far."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        rate: Callable[[int], float],
+        plan: Plan,
+        world: World,
+    ) -> None:
+        self.trainer = trainer
+        self.rate = rate
+        self.plan = plan
+        self.world = world
+        self.folder = RunFolder(plan.folder, world)
+        self.done = 0
+        self.saved = 0
+        self.history = copy.deepcopy(plan.history)
+
+    def begin(self) -> None:
+        """Go on from what the folder holds, where today's code computes the same."""
+        code = runs.code_hash(self.plan.module)
+        self.history["provenance"] = asdict(runs.Provenance(code, []))
+        found = self.folder.read()
+        state = found.state if found is not None else {}
+        self._check_that_all_see(code, state)
+        if found is None:
+            return
+        self._check_identity(state)
+
+        # the first edition kept no provenance
+        kept = state["history"].get("provenance", {"code": "", "witness": []})
+        made = runs.Provenance(**kept)
+        now = runs.Provenance(code, [])
+        if code not in (made.code, made.compared):
+            now = runs.Provenance(code, self._first_losses(len(made.witness)))
+        if made.verdict(now) == "stale":
+            self.folder.move_aside()
+            return
+
+        plan = self.plan
+        model = self.trainer.model
+        self.folder.restore(found, model, self.trainer.optimizer, plan.keep)
+        self.done = state["step"]
+        self.saved = self.done
+        self.history = state["history"]
+        if now.witness:
+            # code changed, numbers same: it need not be compared again
+            self.history["provenance"]["compared"] = code
+            self._write()
+
+    def _check_that_all_see(self, code: str, state: dict[str, Any]) -> None:
+        """ValueError where another process sees another run, or another code."""
+        seen = runs.key(
+            identity=self.plan.identity,
+            code=code,
+            step=state.get("step", 0),
+            provenance=state.get("history", {}).get("provenance"),
         )
-    return start, history
-
-
-def _check_identity(state: dict[str, Any], plan: Plan) -> None:
-    for part, value in plan.identity.items():
-        # through JSON, as the saved one went
-        if state.get(part) != json.loads(json.dumps(value)):
-            name = plan.folder.name if plan.folder else ""
+        if not self.world.agree(int(seen[:12], 16)):
             raise ValueError(
-                f"the checkpoint in {name} was made with another {part}: go on with "
-                "that one, or choose another folder"
+                "the processes do not see the same text or checkpoint: they need the "
+                "same Python, --text and --out (a shared folder)"
             )
 
+    def _check_identity(self, state: dict[str, Any]) -> None:
+        for part, value in self.plan.identity.items():
+            # through JSON, as the saved one went
+            if state.get(part) != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"the checkpoint in {self.folder.name} was made with another "
+                    f"{part}: go on with that one, or choose another folder"
+                )
 
-def _still_valid(
-    found: checkpoint.Training,
-    trainer: Trainer,
-    rate: Callable[[int], float],
-    plan: Plan,
-    code: str,
-) -> bool:
-    """Whether today's code computes what the run found was computed by."""
-    kept = found.state["history"].get("provenance", {"code": "", "witness": []})
-    made = runs.Provenance(**kept)
-    now = runs.Provenance(code, [])
-    if made.code != code:
-        losses = first_losses(trainer, rate, plan, len(made.witness))
-        now = runs.Provenance(code, losses)
-    return made.verdict(now) != "stale"
+    def _first_losses(self, steps: int) -> list[float]:
+        """The losses of the first steps, done anew; then all is as it was before."""
+        model = self.trainer.model
+        optimizer = self.trainer.optimizer
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        kept = {name: x.clone() for name, x in self.plan.keep.items()}
+        losses = []
+        try:
+            for step in range(steps):
+                self.set_rate(step)
+                losses.append(self.trainer.gradients(step))
+                must_be_finite(losses[-1])
+                if step + 1 < steps:
+                    self.trainer.update(step)
+        except LossNotFinite:
+            losses.append(math.nan)
+        model.load_state_dict(weights)
+        optimizer.state.clear()
+        optimizer.zero_grad(set_to_none=True)
+        for name, tensor in kept.items():
+            self.plan.keep[name].copy_(tensor)
+        return losses
 
+    def set_rate(self, step: int) -> None:
+        """Change the optimizer's learning rate to that of `step`."""
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.rate(step)
 
-def first_losses(
-    trainer: Trainer, rate: Callable[[int], float], plan: Plan, steps: int
-) -> list[float]:
-    """The losses of the first steps of an untouched training, which stays untouched."""
-    weights = {n: x.clone() for n, x in trainer.model.state_dict().items()}
-    kept = {name: tensor.clone() for name, tensor in plan.keep.items()}
-    losses = []
-    for step in range(steps):
-        _set_rate(trainer.optimizer, rate(step))
-        losses.append(trainer.gradients(step))
-        if step + 1 < steps:
-            trainer.update(step)
-    trainer.model.load_state_dict(weights)
-    trainer.optimizer.state.clear()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    for name, tensor in kept.items():
-        plan.keep[name].copy_(tensor)
-    return losses
+    def count(self, loss: float, kept: dict[str, Any]) -> None:
+        """Change the history: one more step is done, with what is kept of it."""
+        witness = self.history["provenance"]["witness"]
+        if len(witness) < runs.WITNESS_STEPS:
+            witness.append(loss)
+        for name, value in kept.items():
+            self.history.setdefault(name, []).append(value)
+        self.done += 1
 
+    def save(self) -> None:
+        """Write a checkpoint of the steps done, unless there is one."""
+        if self.saved != self.done:
+            self._write()
 
-def _restore(
-    found: checkpoint.Training, trainer: Trainer, plan: Plan, world: World
-) -> None:
-    """Change model, optimizer and kept tensors to those of the checkpoint."""
-    assert plan.folder is not None
-    weights = checkpoint.load(plan.folder).state_dict()
-    parts = {}
-    for name, tensor in trainer.model.state_dict().items():
-        parts[name] = world.part(weights[name], tensor)
-    trainer.model.load_state_dict(parts)
-    for name, parameter in trainer.model.named_parameters():
-        if f"{name}.step" not in found.tensors:
-            continue
-        state = {}
-        for kind in ("step", "exp_avg", "exp_avg_sq"):
-            state[kind] = world.part(found.tensors[f"{name}.{kind}"], parameter)
-        trainer.optimizer.state[parameter] = state
-    for name, tensor in plan.keep.items():
-        tensor.copy_(found.tensors[name])
+    def _write(self) -> None:
+        plan = self.plan
+        state = plan.identity | {"step": self.done, "history": self.history}
+        files = {"tokenizer.json": plan.tokenizer.to_str()}
+        model = self.trainer.model
+        self.folder.save(model, self.trainer.optimizer, plan.keep, state, files)
+        self.saved = self.done
 
+    def diverged(self, found: LossNotFinite) -> str:
+        """What to say of a loss that is no number."""
+        at = self.done + 1 if found.after else self.done
+        kept = "no checkpoint was saved before it"
+        if self.plan.folder is not None and self.saved:
+            kept = f"the checkpoint of step {self.saved} is in {self.plan.folder}"
+        return (
+            f"{found} at step {at}; {kept}. Try a lower lr (now "
+            f"{self.rate(self.done):g}), more warmup_steps or a smaller "
+            "initializer_range"
+        )
 
-def _save(
-    trainer: Trainer, plan: Plan, world: World, step: int, history: History
-) -> None:
-    """Write the checkpoint of `step` steps done, where there is a folder for it."""
-    if plan.folder is None:
-        return
-    # all processes put the tensors together, the first one writes
-    weights = {n: world.whole(x) for n, x in trainer.model.state_dict().items()}
-    tensors = dict(plan.keep)
-    for name, parameter in trainer.model.named_parameters():
-        for kind, value in trainer.optimizer.state[parameter].items():
-            tensors[f"{name}.{kind}"] = world.whole(value)
-    if not world.first:
-        return
-    runs.writable(plan.folder)
-    state = plan.identity | {"step": step, "history": history}
-    checkpoint.save(
-        trainer.model,
-        plan.folder,
-        checkpoint.Training(tensors, state),
-        files={"tokenizer.json": plan.tokenizer.to_str()},
-        weights=weights,
-    )
+    def how_to_go_on(self) -> str:
+        """What to say of a training that was stopped between two steps."""
+        kept = "the model keeps what it has learnt"
+        if self.plan.folder is not None:
+            kept = f"saved in {self.folder.name}; the same call goes on from there"
+        return f"stopped after step {self.done} of {self.plan.steps}: {kept}"
 
-
-def _move_aside(folder: Path) -> None:
-    """Rename the folder of a run that other code has computed."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.stale-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    print(
-        f"{folder.name} was computed by other code, which gives other numbers: it is "
-        f"moved to {aside.name} and trained again"
-    )
+    def cut_off(self) -> str:
+        """What to say of a training that a second Ctrl-C ended in the midst of it."""
+        kept = "nothing was saved"
+        if self.plan.folder is not None and self.saved:
+            kept = f"{self.folder.name} holds step {self.saved}, the same call goes on"
+        return f"cut off in step {self.done + 1} of {self.plan.steps}: {kept}"
 
 
-@contextmanager
-def _alone_in(plan: Plan, world: World) -> Iterator[None]:
-    """Let one program at a time train the run in `plan.folder`; a second one waits."""
-    if plan.folder is None or not world.first:
-        yield
-        return
-    runs.writable(plan.folder.parent)
-    lock = FileLock(plan.folder.with_name(f".{plan.folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another program trains {plan.folder.name}: waiting until it is done")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# --------------------------------------------------------------------- small matters
+# ---------------------------------------------------------------------- small matters
 
 
 @contextmanager
@@ -372,7 +373,7 @@ def _stop_after_step() -> Iterator[threading.Event]:
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         asked.set()
         signal.signal(signal.SIGINT, before)
 
@@ -401,42 +402,9 @@ class _Clock:
             history["all_to_all_seconds"] = before + exchanged
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _witness(history: History, loss: float) -> None:
-    """Change `history`: it keeps the losses of the first steps."""
-    witness = history["provenance"]["witness"]
-    if len(witness) < runs.WITNESS_STEPS:
-        witness.append(loss)
-
-
 def _shown(history: History) -> dict[str, str]:
     shown = {}
     for name in SHOWN:
         if history.get(name):
             shown[name] = f"{history[name][-1]:.3g}"
     return shown
-
-
-def _diverged(found: str, step: int, saved: int, rate: float, plan: Plan) -> str:
-    at = step
-    if found.endswith(" after"):
-        found = found.removesuffix(" after")
-        at = step + 1
-    kept = "no checkpoint was saved before it"
-    if plan.folder is not None and saved:
-        kept = f"the checkpoint of step {saved} is in {plan.folder}"
-    return (
-        f"{found} at step {at}; {kept}. Try a lower lr (now {rate:g}), more "
-        "warmup_steps or a smaller initializer_range"
-    )
-
-
-def _how_to_go_on(step: int, plan: Plan) -> str:
-    kept = "the model keeps what it has learnt"
-    if plan.folder is not None:
-        kept = f"saved in {plan.folder.name}; the same call goes on from there"
-    return f"stopped after step {step} of {plan.steps}: {kept}"

@@ -23,6 +23,7 @@ class Sources:
     def __init__(self, root: Path = REPOSITORY) -> None:
         self.root = root
         self._trees: dict[str, ast.Module] = {}
+        self._imported: dict[str, list[str]] = {}
         self._forms: dict[str, str] = {}
 
     def modules_of(self, module: str) -> set[str]:
@@ -73,7 +74,9 @@ class Sources:
             if module in seen or self._file(module) is None:
                 continue
             seen.add(module)
-            waiting += self._imports(self._tree(module), module)
+            if module not in self._imported:
+                self._imported[module] = [*self._imports(self._tree(module), module)]
+            waiting += self._imported[module]
         return {module for module in seen if _counts(module)}
 
     def _file(self, module: str) -> Path | None:

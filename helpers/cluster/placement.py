@@ -1,0 +1,126 @@
+"""Expert placement: which GPU holds which experts, and copies of popular ones.
+
+The rules are those of EPLB (github.com/deepseek-ai/EPLB). Shapes: L layers, E experts,
+R replicas (slots for experts on all GPUs together).
+"""
+
+import heapq
+from dataclasses import dataclass
+
+from helpers.checks import need
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the replicas of L layers are."""
+
+    slots: np.ndarray  # [L, R] the expert in each slot, R / gpus slots a GPU in order
+    count: np.ndarray  # [L, E] replicas of each expert
+    where: np.ndarray  # [L, E, most] slots of each expert, then -1
+
+    def loads(self, weight: np.ndarray, gpus: int) -> np.ndarray:
+        """Load of each GPU [L, gpus].
+
+        An expert's tokens (weight [L, E]) are shared evenly by its replicas.
+        """
+        of_replica = np.take_along_axis(weight / self.count, self.slots, 1)
+        return of_replica.reshape(len(weight), gpus, -1).sum(-1)
+
+
+def balanced_packing(weight: np.ndarray, packs: int) -> np.ndarray:
+    """weight [L, n] -> slot of each item [L, n]; pack p begins at slot p * n / packs.
+
+    Heaviest item first, into the lightest pack that has room.
+    """
+    items = weight.shape[1]
+    divides = packs > 0 and items % packs == 0
+    need(divides, "packs", packs, f"it must divide the {items} items")
+    size = items // packs
+    slot = np.empty(weight.shape, dtype=int)
+    for row, place in zip(weight, slot, strict=True):
+        open_packs = [(0.0, pack, 0) for pack in range(packs)]  # load, pack, items
+        for item in np.argsort(-row, kind="stable"):
+            load, pack, filled = heapq.heappop(open_packs)
+            place[item] = pack * size + filled
+            if filled + 1 < size:
+                heapq.heappush(open_packs, (load + row[item], pack, filled + 1))
+    return slot
+
+
+def replicate(weight: np.ndarray, replicas: int) -> tuple[np.ndarray, np.ndarray]:
+    """Copy the heaviest replica again and again.
+
+    weight [L, n] -> the expert of each replica [L, replicas], and how many replicas
+    each expert has [L, n].
+    """
+    layers, experts = weight.shape
+    need(
+        replicas >= experts,
+        "replicas",
+        replicas,
+        f"every one of the {experts} experts needs a place",
+    )
+    rows = np.arange(layers)
+    expert = np.tile(np.arange(replicas), (layers, 1))
+    count = np.ones(weight.shape, dtype=int)
+    for i in range(experts, replicas):
+        heaviest = (weight / count).argmax(axis=1)
+        expert[:, i] = heaviest
+        count[rows, heaviest] += 1
+    return expert, count
+
+
+def place_experts(
+    weight: np.ndarray, replicas: int, gpus: int, nodes: int = 1, groups: int = 1
+) -> Placement:
+    """Place experts with loads weight [L, E]: groups to nodes, copies, copies to GPUs.
+
+    If the nodes do not divide the groups, it places globally, as one node with one
+    group. As in the published code, two copies of an expert may come to lie on one GPU.
+    Raises ValueError for what does not divide.
+    """
+    weight = np.asarray(weight, dtype=float)
+    good = weight.ndim == 2 and bool(np.isfinite(weight).all())
+    good = good and weight.min(initial=0) >= 0
+    need(good, "weight", weight.shape, "use loads [L, E] of at least 0")
+    layers, experts = weight.shape
+    if nodes > 0 and groups % nodes:
+        nodes = 1
+        groups = 1
+    _check_divides("groups", groups, "experts", experts)
+    _check_divides("nodes", nodes, "gpus", gpus)
+    _check_divides("gpus", gpus, "replicas", replicas)
+
+    # groups to nodes: the experts of each node, [L * nodes, E / nodes]
+    members = np.arange(experts).reshape(groups, -1)
+    group_load = weight.reshape(layers, groups, -1).sum(-1)
+    by_node = balanced_packing(group_load, nodes).argsort(1)
+    near = members[by_node].reshape(layers * nodes, -1)
+
+    # copies of the popular ones, within each node
+    local = np.take_along_axis(weight.repeat(nodes, 0), near, 1)
+    expert, copies = replicate(local, replicas // nodes)
+
+    # copies to the GPUs of the node
+    of_copy = np.take_along_axis(local / copies, expert, 1)
+    in_slot = balanced_packing(of_copy, gpus // nodes).argsort(1)
+    local_slots = np.take_along_axis(expert, in_slot, 1)
+    slots = np.take_along_axis(near, local_slots, 1).reshape(layers, replicas)
+    return _with_lookup(slots, experts)
+
+
+def _check_divides(name: str, part: int, whole_name: str, whole: int) -> None:
+    divides = part > 0 and whole % part == 0
+    need(divides, name, part, f"it must divide {whole_name}={whole}")
+
+
+def _with_lookup(slots: np.ndarray, experts: int) -> Placement:
+    """The placement with, for each expert, how many slots it has and which."""
+    count = np.stack([np.bincount(row, minlength=experts) for row in slots])
+    most = count.max()
+    where = np.full((len(slots), experts, most), -1)
+    taken = np.arange(most) < count[..., None]
+    where[taken] = slots.argsort(1, kind="stable").ravel()
+    return Placement(slots, count, where)
