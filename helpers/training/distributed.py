@@ -42,11 +42,12 @@ class TorchrunWorld(World):
             world_size=self.size,
         )
 
-    def leave(self) -> None:
-        """End this process."""
-        dist.destroy_process_group()
+    def leave(self, code: int = 0) -> None:
+        """End this process with `code`."""
+        if code == 0:  # others that are still at work would be waited for
+            dist.destroy_process_group()
         # what DTensor's collectives leave behind can abort an ordinary exit
-        os._exit(0)
+        os._exit(code)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Change `tensor` to its sum over all processes; -> the same tensor."""

@@ -92,8 +92,10 @@ class World:
     def _split(self, model: DeepSeekV3, ep: int) -> DeepSeekV3:
         return model
 
-    def leave(self) -> None:
-        """End a process that joined others."""
+    def leave(self, code: int = 0) -> None:
+        """End this program with `code`; one alone that went well goes on."""
+        if code:
+            raise SystemExit(code)
 
 
 def join_world() -> World:

@@ -8,6 +8,7 @@ processes (helpers.training.parallel).
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,11 @@ class Losses(NamedTuple):
     routings: list[Routing]  # of all MoE layers, those of MTP last
 
 
-def losses(model: DeepSeekV3, tokens: Tensor, pool: Any = None) -> Losses:
+def losses(
+    model: DeepSeekV3,
+    tokens: Tensor,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
     """The losses of tokens [B, T + 1]. `pool`: as in `Routing.balance_loss`."""
     ids = tokens[:, :-1]
     targets = tokens[:, 1:]
@@ -175,8 +180,9 @@ class Pretrainer:
         self.device = model.lm_head.weight.device
         valid = corpus.valid_batch(settings.valid_sequences, settings.length + 1)
         self.valid = world.rows(valid, "valid_sequences")
-        self.losses: Losses
-        self.seen: list[float]
+        # of the step at hand, between `gradients` and `update`
+        self.batch_losses: Losses
+        self.means: list[float]
         model.train()
 
     def gradients(self, step: int) -> float:
@@ -191,12 +197,12 @@ class Pretrainer:
             mtp_weight = settings.mtp_lambda
         bf16 = self.device.type == "cuda" and self.recipe is None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            self.losses = losses(self.model, tokens, self._pool)
-            main, mtp, balance, _ = self.losses
+            self.batch_losses = losses(self.model, tokens, self._pool)
+            main, mtp, balance, _ = self.batch_losses
             loss = main + mtp_weight * mtp + settings.alpha * balance
-        self.seen = self.world.mean(loss.item(), main.item(), mtp.item())
         loss.backward()
-        return self.seen[0]
+        self.means = self.world.mean(loss.item(), main.item(), mtp.item())
+        return self.means[0]
 
     def update(self, step: int) -> dict[str, Any]:
         """Optimizer step and bias update; -> what the history keeps."""
@@ -205,13 +211,14 @@ class Pretrainer:
         if self.recipe is not None:
             fp8.round_moments(self.optimizer)
 
+        # tokens that each expert got in the batch of all processes
         loads = []
-        for routing in self.losses.routings:
+        for routing in self.batch_losses.routings:
             loads.append(self.world.total(routing.load()))
         violations = [max_violation(load) for load in loads]
         kept: dict[str, Any] = {
-            "loss": self.seen[1],
-            "mtp_loss": self.seen[2],
+            "loss": self.means[1],
+            "mtp_loss": self.means[2],
             "lr": learning_rate(step, settings),
             "max_violation": sum(violations) / max(len(violations), 1),
         }
@@ -233,6 +240,7 @@ class Pretrainer:
         return kept
 
     def _pool(self, counts: Tensor) -> Tensor:
+        """The mean of the counts over all processes."""
         return self.world.total(counts.clone()) / self.world.size
 
 
@@ -274,7 +282,7 @@ def train(
             "corpus": corpus.hash,
             "precision": trainer.recipe and asdict(trainer.recipe),
         },
-        module=__spec__.name,
+        module=__spec__.name,  # __name__ is "__main__" under `python -m`
         tokenizer=corpus.tokenizer,
         label=label,
         folder=Path(folder) if folder else None,
@@ -344,30 +352,36 @@ class CommandLine:
 
 
 def main() -> None:
-    """Train from the command line; every error is one line."""
+    """Train from the command line; whatever it ends with is one line."""
     # transformers takes seconds to import, and no notebook needs it here
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser((CommandLine, Settings), description=__doc__)
-    world = World()
+    classes: Any = (CommandLine, Settings)  # its type for a dataclass fits none
+    parser = HfArgumentParser(classes, description=__doc__)
+    world = join_world()
+    code = 0
     try:
         args, settings = parser.parse_args_into_dataclasses()
-        config = _read_config(args.config)
-        corpus = text.load(args.text, config.vocab_size, args.max_bytes)
-        torch.manual_seed(settings.seed)
-        world = join_world()
-        model = world.shard(DeepSeekV3(config), args.ep).to(world.device)
-        history = train(model, corpus, settings, args.out, args.save_every, world=world)
+        line = _train_as_asked(args, settings, world)
     except (ValueError, OSError, TrainingDiverged) as error:
-        message = f"{type(error).__name__}: {error}"
-        raise SystemExit(message if world.first else 1) from None
+        line = f"{type(error).__name__}: {error}"
+        code = 1
     except KeyboardInterrupt as stopped:
-        if world.first:
-            print(stopped, file=sys.stderr)
-        raise SystemExit(130) from None
+        line = str(stopped) or "stopped before the first step"
+        code = 130
     if world.first:
-        print(_summary(history, settings, corpus, world, args.out), flush=True)
-    world.leave()
+        print(line, file=sys.stderr if code else sys.stdout, flush=True)
+    world.leave(code)
+
+
+def _train_as_asked(args: CommandLine, settings: Settings, world: World) -> str:
+    """Train; -> the line that the run ends with."""
+    config = _read_config(args.config)
+    corpus = text.load(args.text, config.vocab_size, args.max_bytes)
+    torch.manual_seed(settings.seed)
+    model = world.shard(DeepSeekV3(config), args.ep).to(world.device)
+    history = train(model, corpus, settings, args.out, args.save_every, world=world)
+    return _summary(history, settings, corpus, world, args.out)
 
 
 def _read_config(path: str | None) -> V3Config:
@@ -383,7 +397,7 @@ def _summary(
     world: World,
     out: str,
 ) -> str:
-    """The line that a finished run ends with."""
+    """What a finished run has reached, and how fast."""
     loss = history["valid_loss"][-1]
     seconds = history["seconds"]
     bits = loss / math.log(2) / corpus.bytes_per_token

@@ -7,7 +7,7 @@ or take it apart at once; only the first one writes.
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,8 @@ class RunFolder:
         make the others run into a timeout.
         """
         if self.world.first:
-            try:
+            with suppress(Timeout):
                 lock.acquire(timeout=0)
-            except Timeout:
-                pass
         return any(self.world.mean(float(lock.is_locked)))
 
     def _is_read_only(self) -> bool:

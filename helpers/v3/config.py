@@ -38,9 +38,7 @@ class V3Config:
     n_routed_experts: Count = 256
     routed_scaling_factor: Positive = 2.5
     kv_lora_rank: Count = 512
-    q_lora_rank: Annotated[int, Range(1)] | None = (
-        1536  # None: queries without a latent
-    )
+    q_lora_rank: Count | None = 1536  # None: queries without a latent
     qk_rope_head_dim: Count = 64
     v_head_dim: Count = 128
     qk_nope_head_dim: Count = 128
@@ -189,8 +187,11 @@ def check_yarn(yarn: dict[str, Any]) -> None:
     kind = yarn.get("rope_type", yarn.get("type"))
     check_part(kind == "yarn", "only type 'yarn' is computed (null for plain RoPE)")
     check_part(yarn.get("truncate", True) is True, "truncate=false is not computed")
+    for name in yarn:
+        known = name in YARN_NUMBERS or name in ("type", "rope_type", "truncate")
+        check_part(known, f"{name} is not known here and may change what is computed")
     for name in YARN_NUMBERS:
-        value: Any = yarn.get(name)
+        value = yarn.get(name)
         number = type(value) in (int, float) and 0 <= value <= 1e308
         check_part(
             value is None or number, f"{name} must be a finite number of at least 0"
@@ -198,6 +199,7 @@ def check_yarn(yarn: dict[str, Any]) -> None:
     original = yarn.get("original_max_position_embeddings")
     check_part(bool(original), "original_max_position_embeddings is missing")
     check_part((yarn.get("factor") or 1) >= 1, "factor must be at least 1")
+    # transformers, too, reads 0 as not given
     fast = yarn.get("beta_fast") or 32
     slow = yarn.get("beta_slow") or 1
     check_part(fast >= slow, "beta_fast must be at least beta_slow")
