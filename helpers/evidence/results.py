@@ -50,8 +50,9 @@ def record(
     """Put one seed's numbers into `results_dir()/NAME.json`; -> the file written.
 
     parameters: every size and step count, without seeds and arms. runs: {label:
-    history} of all trainings that the numbers rest on; recorded is which code made
-    them. Recorded too is the code that made the numbers out of them.
+    history} of all trainings that the numbers rest on ({} where nothing is trained);
+    recorded is which code made them, and the code that made the numbers out of them.
+    None: nothing of that is recorded, as in the notebooks of the first edition.
 
     A file with the same parameters keeps its other seeds. A file with other parameters
     is left alone, and the result goes to NAME.other.json (overwritten when its
@@ -69,16 +70,25 @@ def record(
         ) from error
     rounded = json.loads(text, parse_float=_rounded)
     judge = Judge()
-    provenance = judge.provenance(name, runs or {})
+    provenance = None
+    if runs is not None:
+        provenance = judge.provenance(name, runs)
 
     path, result = _file_for(name, parameters)
     before = result.provenance.get(seed)
-    if keep_arms and before and judge.verdict(before) in stored.UP_TO_DATE:
+    if (
+        keep_arms
+        and provenance
+        and before
+        and judge.verdict(before) in stored.UP_TO_DATE
+    ):
         known = result.seeds[seed].get("arms", {})
         rounded["arms"] = known | rounded.get("arms", {})
         provenance = judge.joined(before, provenance)
     result.seeds[seed] = rounded
-    result.provenance[seed] = provenance
+    result.provenance.pop(seed, None)
+    if provenance is not None:
+        result.provenance[seed] = provenance
     result.versions = {
         "python": platform.python_version(),
         "torch": version("torch"),

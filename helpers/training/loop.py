@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from helpers.checks import Count, check
 from helpers.training import runs
 from helpers.training.parallel import World
 from helpers.training.run_folder import RunFolder
@@ -103,6 +104,9 @@ class Plan:
     save_every: int = 100
     keep: dict[str, Tensor] = field(default_factory=dict)
     history: History = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check("save_every", self.save_every, Count)
 
 
 def train_in_steps(

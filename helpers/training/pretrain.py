@@ -332,23 +332,28 @@ class CommandLine:
     )
     text: str | None = field(
         default=None,
-        metadata={"help": "folder of text files (default: Python's standard library)"},
+        metadata={"help": "folder of text files; without it Python's standard library"},
     )
     config: str | None = field(
         default=None,
-        metadata={"help": "a config.json of DeepSeek-V3's form (default: the tiny V3)"},
+        metadata={"help": "a config.json of DeepSeek-V3's form; without it a tiny V3"},
     )
-    max_bytes: int | None = field(
+    max_bytes: Count | None = field(
         default=None, metadata={"help": "use only so much of the text"}
     )
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
+    save_every: Count = field(
+        default=100, metadata={"help": "steps between checkpoints"}
+    )
     ep: int | None = field(
         default=None,
         metadata={
-            "help": "processes that share one copy of the model (default: all that "
-            "torchrun started)"
+            "help": "processes that share one copy of the model; without it all that "
+            "torchrun started"
         },
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main() -> None:

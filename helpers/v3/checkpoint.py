@@ -1,19 +1,15 @@
 """Save and load in the Hugging Face layout of DeepSeek-V3, safely.
 
-`folder/` holds numbered checkpoints and `latest`, which points to the newest whole one
-and is switched by one atomic rename: a kill at any moment leaves the old checkpoint or
-the new one. `folder/latest` is what transformers' `from_pretrained` takes. No pickle is
-read. Which of our tensors has which published name is in `helpers.v3.state_dict`.
+Which of our tensors has which published name is in `helpers.v3.state_dict`; how a new
+checkpoint takes the place of the old one is in `helpers.v3.latest`. `folder/latest` is
+what transformers' `from_pretrained` takes. No pickle is read.
 
 FP8 files have, as the published ones, `X.weight` in float8_e4m3fn and the scale of each
 block of 128 x 128 in `X.weight_scale_inv`.
 """
 
 import json
-import os
-import re
-import shutil
-import time
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +17,7 @@ from typing import Any, NamedTuple
 from helpers.evidence.facts import V3_CONFIG
 from helpers.v3 import fp8, state_dict
 from helpers.v3.config import V3Config
+from helpers.v3.latest import publish, read_newest, resolve, start_part
 from helpers.v3.model import DeepSeekV3
 from helpers.v3.rope import rope_frequencies
 from helpers.v3.tensor_files import (
@@ -36,9 +33,20 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+__all__ = [
+    "INDEX",
+    "CheckpointError",
+    "Training",
+    "load",
+    "load_training",
+    "published_parameters",
+    "resolve",
+    "save",
+]
+
 FP8_FORMAT = V3_CONFIG["quantization_config"]
 FP8_BLOCK = (128, 128)
-DAY = 86400  # seconds
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Training(NamedTuple):
@@ -84,11 +92,7 @@ def save(
     if weights is None:
         weights = model.state_dict()
     tensors = _published_tensors(model.config, weights, in_fp8)
-    number = _next_number(folder)
-    part = folder / f".part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-
+    part = start_part(folder)
     _write_shards(part, tensors, shard_bytes)
     dtype = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
     config = model.config.to_hf() | {"torch_dtype": dtype}
@@ -101,7 +105,7 @@ def save(
         _write_json(part / "training.json", training.state)
     for name, text in (files or {}).items():
         (part / name).write_text(text, encoding="utf-8")
-    return _publish(part, folder, number)
+    return publish(part, folder)
 
 
 def _published_tensors(
@@ -120,27 +124,12 @@ def _published_tensors(
     return tensors
 
 
-def _next_number(folder: Path) -> int:
-    """The number after the newest checkpoint. ValueError for a foreign folder."""
-    if folder.is_dir():
-        inside = [path.name for path in folder.iterdir() if path.name[0] != "."]
-    else:
-        inside = [folder.name] if folder.exists() else []
-    newest = 0
-    for name in inside:
-        if not re.fullmatch(r"latest|checkpoint-\d{6,}", name):
-            raise ValueError(
-                f"{folder} holds {name}, which is no checkpoint of ours: choose a new "
-                "or empty folder"
-            )
-        if name != "latest":
-            newest = max(newest, int(name.removeprefix("checkpoint-")))
-    return newest + 1
-
-
 def _write_shards(part: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
     """The weights in files of at most `shard_bytes` (or one tensor), with an index."""
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    # planned without the data: the experts of a layer are views of one stack, and what
+    # shares its storage would be kept in one file whatever its size
+    sizes = {name: torch.empty_like(tensors[name], device="meta") for name in tensors}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for file, names in plan.filename_to_tensors.items():
         # cloned, since safetensors refuses tensors that share memory
         shard = {name: tensors[name].clone() for name in names}
@@ -148,64 +137,6 @@ def _write_shards(part: Path, tensors: dict[str, Tensor], shard_bytes: int) -> N
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(part / INDEX, index)
-
-
-def _publish(part: Path, folder: Path, number: int) -> Path:
-    """Give the finished `part` its name, switch `latest` to it, remove the older."""
-    for path in part.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before the pointer says so
-    new = folder / f"checkpoint-{number:06d}"
-    while True:
-        try:
-            os.rename(part, new)
-            break
-        except OSError:
-            # another process has just taken this number
-            if not new.exists():
-                raise
-            number += 1
-            new = folder / f"checkpoint-{number:06d}"
-
-    pointer = folder / f".latest-{os.getpid()}"
-    pointer.unlink(missing_ok=True)
-    try:
-        pointer.symlink_to(new.name, target_is_directory=True)
-    except OSError:  # no links on this file system: a file with the name in it
-        pointer.write_text(new.name, encoding="utf-8")
-    os.replace(pointer, folder / "latest")
-    _remove_older(folder, new)
-    return new
-
-
-def _remove_older(folder: Path, new: Path) -> None:
-    """Remove older checkpoints, and what dead processes left. Never a living one's."""
-    for old in folder.glob("checkpoint-*"):
-        if old.name < new.name:
-            shutil.rmtree(old, ignore_errors=True)
-    for left in [*folder.glob(".part-*"), *folder.glob(".latest-*")]:
-        pid = int(left.name.rpartition("-")[2])
-        if pid == os.getpid() or _lives(pid, left):
-            continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def _lives(pid: int, left: Path) -> bool:
-    """Whether the process that wrote `left` may still be at work on it."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it lives and is another user's, or the system cannot say
-    try:
-        age = time.time() - left.lstat().st_mtime
-    except FileNotFoundError:
-        return False
-    return age < DAY  # after a day its number belongs to another process
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -216,24 +147,6 @@ def _write_json(path: Path, content: Any) -> None:
 # ---------------------------------------------------------------------------- load
 
 
-def resolve(folder: str | Path) -> Path:
-    """The folder with the files: what `latest` points to, or `folder` itself.
-
-    Raises CheckpointError when neither leads to a config.json.
-    """
-    folder = Path(folder)
-    pointer = folder / "latest"
-    if pointer.is_file():
-        pointer = folder / pointer.read_text(encoding="utf-8").strip()
-    for place in (pointer, folder):
-        if (place / "config.json").is_file():
-            return place.resolve()
-    raise CheckpointError(
-        f"no checkpoint in {folder}: neither config.json nor a `latest` that leads to "
-        "one"
-    )
-
-
 def load(folder: str | Path) -> DeepSeekV3:
     """Read a checkpoint of ours or of transformers: float32, CPU, eval mode.
 
@@ -242,7 +155,18 @@ def load(folder: str | Path) -> DeepSeekV3:
     model without MTP. A missing, extra, misshapen, truncated or non-float tensor is one
     CheckpointError that names it; nothing is returned half-read. FP8 is scaled back.
     """
-    folder = resolve(folder)
+    return read_newest(folder, _read_model)
+
+
+def load_training(folder: str | Path) -> Training:
+    """What was saved as `training` with the newest checkpoint.
+
+    Raises CheckpointError when there is nothing.
+    """
+    return read_newest(folder, _read_training)
+
+
+def _read_model(folder: Path) -> DeepSeekV3:
     raw = read_json(folder / "config.json")
     try:
         config = V3Config.from_hf(raw)
@@ -260,7 +184,8 @@ def load(folder: str | Path) -> DeepSeekV3:
     shapes = {}
     for name, target in state_dict.published(config, model.state_dict()):
         shapes[name] = target.shape
-    _check_names(files, config, shapes, scales="quantization_config" in raw)
+    scales = raw.get("quantization_config") is not None
+    _check_names(files, config, shapes, scales)
     tensors = {name: _read_weight(files, name, shape) for name, shape in shapes.items()}
     _check_copies(files, config, tensors)
 
@@ -271,12 +196,7 @@ def load(folder: str | Path) -> DeepSeekV3:
     return model
 
 
-def load_training(folder: str | Path) -> Training:
-    """What was saved as `training` with the newest checkpoint.
-
-    Raises CheckpointError when there is nothing.
-    """
-    folder = resolve(folder)
+def _read_training(folder: Path) -> Training:
     state = read_json(folder / "training.json")
     with open_safetensors(folder / "training.safetensors") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -285,9 +205,9 @@ def load_training(folder: str | Path) -> Training:
 
 def _check_quantisation(raw: Mapping[str, Any]) -> None:
     """Only FP8 in the published form is read."""
-    if "quantization_config" not in raw:
+    asked = raw.get("quantization_config")
+    if asked is None:
         return
-    asked = raw["quantization_config"]
     if not isinstance(asked, dict) or asked | FP8_FORMAT != asked:
         raise CheckpointError(
             f"config.json: quantization_config={asked!r} is not read: it must be "
@@ -322,8 +242,7 @@ def _read_weight(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
     tensor = files.read(name, shape)
     scale_name = f"{name}_scale_inv"
     scaled = scale_name in files.names
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    readable = (torch.float8_e4m3fn,) if scaled else floats
+    readable = (torch.float8_e4m3fn,) if scaled else FLOATS
     if tensor.dtype not in readable:
         raise CheckpointError(
             f"tensor {name} is {tensor.dtype} and {scale_name} is "
@@ -337,7 +256,7 @@ def _read_weight(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:
     if not scaled:
         return tensor
 
-    grid = torch.Size(-(-size // 128) for size in shape)
+    grid = torch.Size(math.ceil(size / 128) for size in shape)
     scale = _read_weight(files, scale_name, grid)
     if not (scale.isfinite() & (scale > 0)).all():
         raise CheckpointError(

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from helpers.checks import Count, Positive, Range, Whole, check_fields, need
+from helpers.checks import (
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Whole,
+    check,
+    check_fields,
+    need,
+)
 from helpers.v3.published import read_published
 
 YARN_NUMBERS = (
@@ -191,11 +200,7 @@ def check_yarn(yarn: dict[str, Any]) -> None:
         known = name in YARN_NUMBERS or name in ("type", "rope_type", "truncate")
         check_part(known, f"{name} is not known here and may change what is computed")
     for name in YARN_NUMBERS:
-        value = yarn.get(name)
-        number = type(value) in (int, float) and 0 <= value <= 1e308
-        check_part(
-            value is None or number, f"{name} must be a finite number of at least 0"
-        )
+        check(f"rope_scaling: {name}", yarn.get(name), NonNegative | None)
     original = yarn.get("original_max_position_embeddings")
     check_part(bool(original), "original_max_position_embeddings is missing")
     check_part((yarn.get("factor") or 1) >= 1, "factor must be at least 1")

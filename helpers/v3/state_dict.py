@@ -27,7 +27,7 @@ IN_FP8 = re.compile(
     r".*\.(q|q_a|q_b|kv_b|o|gate|up|down)_proj\.weight"
     r"|.*\.kv_a_proj_with_mqa\.weight"
 )
-# What some published files hold though it follows from the config.
+# What some published files (Moonlight, Kimi-K2) hold though it follows from the config.
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 

@@ -84,8 +84,9 @@ def test_record_keeps_other_seeds_and_replaces_its_own():
     parameters = {"steps": 10, "size": Size(2), "arms": ("a", "b")}
     assert results.recorded("run", parameters) == {}
     for seed in (10, 2, 0):
-        path = results.record("run", parameters, seed, {"loss": [seed, 1.0]})
-    results.record("run", parameters, 2, {"loss": [7]})
+        data = {"loss": [seed, 1.0]}
+        path = results.record("run", parameters, seed, data, runs={})
+    results.record("run", parameters, 2, {"loss": [7]}, runs={})
     assert results.recorded("run", parameters) == {
         0: {"loss": [0, 1.0]},
         2: {"loss": [7]},
@@ -190,8 +191,15 @@ def test_a_seed_keeps_the_code_of_its_runs_and_of_its_evaluation():
     assert "helpers.v3.generate" in modules
 
 
+def test_a_first_edition_notebook_records_nothing_of_its_code():
+    results.record("run", {}, 0, {"loss": 1}, runs={})
+    results.record("run", {}, 0, {"loss": 2})
+    assert stored.read(stored.files_of("run").main).provenance == {}
+    assert results.recorded("run", {}) == {0: {"loss": 2}}
+
+
 def test_without_runs_all_code_is_evaluation():
-    results.record("run", {}, 0, {"loss": 1})
+    results.record("run", {}, 0, {"loss": 1}, runs={})
     modules = provenance_of("run")["evaluation"]["modules"]
     assert {"helpers.v3.model", "helpers.training.pretrain"} <= set(modules)
     assert not [name for name in modules if not name.startswith("helpers.")]
@@ -273,7 +281,7 @@ def test_changed_training_code_is_not_stale_but_changed_evaluation_is(monkeypatc
 
 def test_seeds_of_one_file_are_listed_by_what_they_are_worth(capsys):
     for seed in (0, 1, 2):
-        results.record("run", {}, seed, {"loss": seed})
+        results.record("run", {}, seed, {"loss": seed}, runs={})
     change("run", seed1=OTHER_EVALUATION)
     assert results.main([]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -286,7 +294,7 @@ def test_seeds_of_one_file_are_listed_by_what_they_are_worth(capsys):
 
 def test_stale_seeds_are_left_out_with_one_line(capsys):
     for seed in (0, 1, 2):
-        results.record("run", {}, seed, {"loss": seed})
+        results.record("run", {}, seed, {"loss": seed}, runs={})
     assert len(results.recorded("run", {})) == 3
     assert capsys.readouterr().out == ""
     change("run", seed1=OTHER_EVALUATION, seed2=OTHER_EVALUATION)
@@ -308,7 +316,7 @@ def test_results_of_the_first_edition_are_drawn_and_listed_as_stale(capsys):
     assert results.recorded("run", {"steps": 10}) == {0: {"loss": 0}, 1: {"loss": 1}}
     assert capsys.readouterr().out == ""
     assert path.read_bytes() == before
-    results.record("run", {"steps": 10}, 1, {"loss": 5})
+    results.record("run", {"steps": 10}, 1, {"loss": 5}, runs={})
     assert results.recorded("run", {"steps": 10}) == {0: {"loss": 0}, 1: {"loss": 5}}
     assert [line[1:] for line in results.listing()] == [
         ([0], "first", "first edition: no provenance, stale"),
@@ -319,7 +327,7 @@ def test_results_of_the_first_edition_are_drawn_and_listed_as_stale(capsys):
 def test_check_fails_for_rewritten_notebooks_only(monkeypatch, capsys):
     first_edition("00_start_here", seeds=[0])
     first_edition("08_r1_zero_controls", seeds=[0])
-    results.record("01_mixture_of_experts", {}, 0, {})
+    results.record("01_mixture_of_experts", {}, 0, {}, runs={})
     assert results.check() == results.main(["--check"]) == 0
     monkeypatch.setattr(results, "REWRITTEN", ("01_mixture_of_experts",))
     assert results.check() == 0
@@ -366,7 +374,7 @@ def test_arms_are_recorded_one_at_a_time():
 
 
 def test_arms_with_and_without_runs_are_evaluated_by_the_code_of_both():
-    results.record("run", {}, 0, {"arms": {"a": 1}}, keep_arms=True)
+    results.record("run", {}, 0, {"arms": {"a": 1}}, keep_arms=True, runs={})
     runs_of_b = {"b": a_history()}
     results.record("run", {}, 0, {"arms": {"b": 1}}, runs_of_b, keep_arms=True)
     found = provenance_of("run")
@@ -382,7 +390,8 @@ import sys
 sys.path.insert(0, {root!r})
 from helpers.evidence import results
 for seed in seeds:
-    results.record("tiny", {{"steps": steps}}, seed, {{"loss": seed + steps}})
+    data = {{"loss": seed + steps}}
+    results.record("tiny", {{"steps": steps}}, seed, data, runs={{}})
 """
 RECORD_ARMS = """
 import sys
@@ -390,7 +399,7 @@ sys.path.insert(0, {root!r})
 from helpers.evidence import results
 for seed in seeds:
     data = {{"arms": {{arm: seed for arm in arms}}}}
-    results.record("tiny", {{"steps": steps}}, seed, data, keep_arms={keep})
+    results.record("tiny", {{"steps": steps}}, seed, data, keep_arms={keep}, runs={{}})
 """
 
 
@@ -451,9 +460,9 @@ def test_a_notebook_is_recorded_seed_by_seed_and_goes_on(folder, capsys):
 
 @pytest.mark.slow
 def test_a_notebook_with_new_parameters_replaces_what_was_recorded(folder, capsys):
-    results.record("tiny", {"steps": 2}, 0, {"loss": 9})
-    results.record("apart", {"steps": 2}, 0, {})
-    results.record("apart", {"steps": 9}, 0, {})
+    results.record("tiny", {"steps": 2}, 0, {"loss": 9}, runs={})
+    results.record("apart", {"steps": 2}, 0, {}, runs={})
+    results.record("apart", {"steps": 9}, 0, {}, runs={})
     cell = RECORD.format(root=str(REPOSITORY))
     write_notebook(folder / "tiny.ipynb", cells=[cell])
     assert results.main(["--record", "tiny.ipynb", "--seeds", "1"], folder) == 0

@@ -127,14 +127,14 @@ def ids_of(text):
 def record(monkeypatch, owner, name, keep):
     """Let `owner.name` also note what it is called with: -> the list of the notes.
 
-    keep(*args) is what is noted of a call.
+    keep(*args) is what is noted of a call; arguments by name are passed on.
     """
     plain = getattr(owner, name)
     notes = []
 
-    def noting(*args):
+    def noting(*args, **named):
         notes.append(keep(*args))
-        return plain(*args)
+        return plain(*args, **named)
 
     monkeypatch.setattr(owner, name, noting)
     return notes

@@ -1,11 +1,12 @@
 """One step of GRPO, beside the paper's loss built by another way."""
 
 import copy
+import math
 from dataclasses import replace
 
 from helpers.reasoning import grpo as module
 from helpers.reasoning.countdown import problems
-from helpers.reasoning.grpo import GRPOTrainer, grpo, reward
+from helpers.reasoning.grpo import GRPOTrainer, MiniBatch, grpo, reward
 from helpers.reasoning.rollout import rollout
 from helpers.tests.builders import draw
 from helpers.tests.reasoning.small_models import (
@@ -16,6 +17,7 @@ from helpers.tests.reasoning.small_models import (
     record,
 )
 from helpers.training.corpus import END
+from helpers.training.loop import LossNotFinite
 
 import pytest
 import torch
@@ -172,6 +174,16 @@ def test_each_update_sees_its_part_of_the_questions_and_the_second_a_changed_pol
     assert history["gap"] == [first_loss.gap]
 
 
+def test_a_later_mini_batch_without_a_finite_loss_changes_nothing(base, monkeypatch):
+    trainer = GRPOTrainer(copy.deepcopy(base), replace(SETTINGS, updates=2))
+    trainer.gradients(0)
+    descents = record(monkeypatch, module, "descend", lambda *arguments: arguments)
+    monkeypatch.setattr(trainer, "backward", lambda rows: MiniBatch(loss=math.nan))
+    with pytest.raises(LossNotFinite):
+        trainer.update(0)
+    assert len(descents) == 1
+
+
 def test_the_first_mini_batch_leaves_the_weights(base):
     trainer = GRPOTrainer(copy.deepcopy(base), replace(SETTINGS, updates=2))
     loss = trainer.gradients(0)
@@ -193,7 +205,9 @@ def test_where_all_rewards_are_equal_nothing_is_computed_and_nothing_changes(
 ):
     """Eight rewards of 1.2 were pushed up by 0.107 each, and of 0.2 down."""
     monkeypatch.setattr(module, "reward", lambda settings, problem, text: paid)
-    forwards = record(monkeypatch, module, "answer_log_probs", len)
+    forwards = record(
+        monkeypatch, module, "answer_log_probs", lambda *arguments: arguments
+    )
     settings = replace(
         SETTINGS, steps=2, questions=2, group=8, weight_decay=0.1, level=level
     )

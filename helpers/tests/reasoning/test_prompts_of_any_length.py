@@ -23,6 +23,7 @@ from helpers.tests.reasoning.small_models import (
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 PROMPT = 9  # tokens of a question of Countdown
 
@@ -35,10 +36,18 @@ def one(one_thread):
 def ragged_model(kind):
     if kind == "v3 with yarn":
         return draw(CONFIG.with_(rope_scaling=YARN))
+    if kind == "gpt2":
+        # its positions are learnt, so a row that is moved must say so
+        torch.manual_seed(0)
+        sizes = {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 2, "n_head": 4}
+        config = GPT2Config(n_positions=96, initializer_range=0.3, **sizes)
+        return GPT2LMHeadModel(config).eval()
     return any_model(kind)
 
 
-RAGGED = pytest.mark.parametrize("kind", ["v3", "v3 with yarn", "llama", "qwen2"])
+RAGGED = pytest.mark.parametrize(
+    "kind", ["v3", "v3 with yarn", "llama", "qwen2", "gpt2"]
+)
 STOP = 7  # another end token than Countdown's
 
 
