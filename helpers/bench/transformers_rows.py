@@ -70,7 +70,8 @@ def make_pair(config: V3Config, device: str) -> Pair:
     torch.manual_seed(0)
     ours = DeepSeekV3(config.with_(num_nextn_predict_layers=0))
     with tempfile.TemporaryDirectory() as folder:
-        theirs = DeepseekV3ForCausalLM.from_pretrained(checkpoint.save(ours, folder))
+        files = checkpoint.save(ours, folder)
+        theirs: Any = DeepseekV3ForCausalLM.from_pretrained(files)
     return Pair(ours.to(device), theirs.to(device), config, device)
 
 

@@ -261,7 +261,8 @@ def test_an_assignment_states_one_fact():
 # {name: which positional argument is the mode}; a method's own object does not count
 OPENS_AS_FUNCTION = {"open": 1}
 OPENS_AS_METHOD = {"open": 0, "fdopen": 1}
-READS = ("read_text", "write_text")
+# {name: which positional argument is the encoding}
+READS = {"read_text": 0, "write_text": 1}
 
 
 def text_without_encoding(tree: ast.Module) -> list[int]:
@@ -276,7 +277,8 @@ def text_without_encoding(tree: ast.Module) -> list[int]:
 
 
 def names_encoding(call: ast.Call) -> bool:
-    return any(keyword.arg == "encoding" for keyword in call.keywords)
+    by_position = len(call.args) > READS.get(name_of(call.func), len(call.args))
+    return by_position or any(word.arg == "encoding" for word in call.keywords)
 
 
 def name_of(function: ast.expr) -> str:
@@ -302,8 +304,9 @@ def test_text_without_encoding_is_found():
         "open(path)\nopen(path, 'rb')\nopen(path, encoding='utf-8')\n"
         "path.open()\npath.open('wb')\npath.read_text()\n"
         "path.write_text(text, encoding='utf-8')\nos.open(path, 0)\n"
+        "path.read_text('utf-8')\npath.write_text(text)\n"
     )
-    assert text_without_encoding(ast.parse(source)) == [1, 4, 6]
+    assert text_without_encoding(ast.parse(source)) == [1, 4, 6, 10]
 
 
 def test_every_text_file_names_its_encoding():

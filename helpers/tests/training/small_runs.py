@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -92,16 +93,20 @@ def counted(
     return asked
 
 
+def copy_of_helpers(folder: Path) -> Path:
+    """A copy of the sources to run: nobody edits it meanwhile. -> `folder`."""
+    skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "helpers", folder / "helpers", ignore=skipped)
+    return folder
+
+
 class Shell:
-    """`python -m helpers.training.pretrain` on a small corpus, of the code in `root`.
+    """`python -m helpers.training.pretrain` on a small corpus, of a copy of helpers."""
 
-    Its environment is that of the tests and `more`.
-    """
-
-    def __init__(self, folder: Path, texts: Path, root: Path = REPOSITORY) -> None:
+    def __init__(self, folder: Path, texts: Path) -> None:
         self.folder = folder
         self.texts = texts
-        self.root = root
+        self.root = copy_of_helpers(folder / "repository")
         self.config = folder / "config.json"
         config = json.dumps(CONFIG.to_hf())
         self.config.write_text(config, encoding="utf-8")

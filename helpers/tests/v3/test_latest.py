@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,33 +159,50 @@ def test_a_save_that_fails_anywhere_leaves_the_old_checkpoint_or_the_new_one(
 # --- killed
 
 
-KILLED_WHILE_SAVING = """
+SAVE_AND_READ = """
 import os, random, signal, sys, time
-from helpers.tests.builders import small
-from helpers.v3 import DeepSeekV3, checkpoint
+from helpers.v3 import DeepSeekV3, V3Config, checkpoint
 from helpers.v3.checkpoint import Training
 import torch
 torch.set_num_threads(1)
-folder, rng = sys.argv[1], random.Random(0)
-model = DeepSeekV3(small(num_hidden_layers=2))
+folder = sys.argv[1]
+sizes = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2}
+model = DeepSeekV3(V3Config.tiny(**sizes, moe_intermediate_size=12))
+
 def save(i):
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(i)
     training = Training({"i": torch.tensor(float(i))}, {"i": i})
     checkpoint.save(model, folder, training, shard_bytes=50_000)
+
+def read():
+    values = set()
+    for p in checkpoint.load(folder).parameters():
+        values.update(p.unique().tolist())
+    assert len(values) == 1, values
+    return values.pop()
+
+def fork(work):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+"""
+
+
+KILLED_WHILE_SAVING = """
+rng = random.Random(0)
 save(0)
 seen = []
 for _ in range(10):
-    before, child = os.readlink(folder + "/latest"), os.fork()
-    if child == 0:
-        i = seen[-1] + 1 if seen else 1
-        try:
-            while True:
-                save(i)
-                i += 1
-        finally:
-            os._exit(1)
+    before = os.readlink(folder + "/latest")
+    first = seen[-1] + 1 if seen else 1
+    child = fork(lambda: [save(i) for i in range(first, 10**6)])
     while os.readlink(folder + "/latest") == before:
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the saving process ended"
         time.sleep(0.001)
@@ -192,10 +210,7 @@ for _ in range(10):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     tensors, state = checkpoint.load_training(folder)
-    values = set()
-    for p in checkpoint.load(folder).parameters():
-        values.update(p.unique().tolist())
-    assert values == {state["i"]} == {tensors["i"].item()}, (values, state, tensors)
+    assert read() == state["i"] == tensors["i"].item(), (state, tensors)
     seen.append(state["i"])
 assert seen == sorted(set(seen)), seen
 save(9)
@@ -216,7 +231,7 @@ def run(script, *args):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process it kills")
 def test_killed_at_any_moment_of_saving_a_whole_checkpoint_stays(tmp_path):
-    process = run(KILLED_WHILE_SAVING, str(tmp_path / "run"))
+    process = run(SAVE_AND_READ + KILLED_WHILE_SAVING, str(tmp_path / "run"))
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors[-2000:]
 
@@ -301,47 +316,67 @@ def test_other_hidden_files_are_left_alone(tmp_path, model):
     )
 
 
-SAVING_BESIDE_ANOTHER = """
-import sys
-from helpers.tests.builders import small
-from helpers.v3 import DeepSeekV3, checkpoint
-from helpers.v3.checkpoint import Training
-import torch
-torch.set_num_threads(1)
-folder, first, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = DeepSeekV3(small(num_hidden_layers=2))
-for i in range(first, first + times):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(i)
-    training = Training({"i": torch.tensor(float(i))}, {"i": i})
-    checkpoint.save(model, folder, training, shard_bytes=50_000)
+TWO_BESIDE_EACH_OTHER = """
+save(0)
+times = 25
+children = [
+    fork(lambda: [save(first + i) for i in range(times)]) for first in (1000, 2000)
+]
+seen = []
+working = set(children)
+while working:
+    ended, status = os.waitpid(-1, os.WNOHANG)
+    if ended:
+        assert status == 0, status
+        working.remove(ended)
+    seen.append(read())
+    tensors, state = checkpoint.load_training(folder)
+    assert tensors["i"].item() == state["i"], (tensors, state)
+assert any(i < 2000 for i in seen) and any(i >= 2000 for i in seen), seen
+assert seen[-1] in (1000 + times - 1, 2000 + times - 1), seen
+# each save has got a number of its own, and nothing is left of the others
+left = sorted(os.listdir(folder))
+assert left == [".lock", f"checkpoint-{2 * times + 1:06d}", "latest"], left
 """
-TIMES = 15
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that save")
 def test_two_processes_save_into_one_folder_and_latest_is_always_whole(tmp_path):
-    processes = [
-        run(SAVING_BESIDE_ANOTHER, str(tmp_path), str(first), str(TIMES))
-        for first in (1000, 2000)
-    ]
-    seen = set()
-    while any(process.poll() is None for process in processes):
-        if not os.path.lexists(tmp_path / "latest"):
-            time.sleep(0.01)
-            continue
-        values = set()
-        for parameter in checkpoint.load(tmp_path).parameters():
-            values.update(parameter.unique().tolist())
-        assert len(values) == 1, values
-        seen |= values
-        tensors, state = checkpoint.load_training(tmp_path)
-        assert tensors["i"].item() == state["i"]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-2000:]
-    assert len(seen) > 3
-    last = checkpoint.load_training(tmp_path).state["i"]
-    assert last in (1000 + TIMES - 1, 2000 + TIMES - 1)
-    # each of the saves has got a number of its own
-    assert names_in(tmp_path) == [f"checkpoint-{2 * TIMES:06d}", "latest"]
+    process = run(SAVE_AND_READ + TWO_BESIDE_EACH_OTHER, str(tmp_path / "run"))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors[-2000:]
+
+
+def test_a_save_waits_while_another_one_switches_latest(tmp_path, model, monkeypatch):
+    """Else it would remove, as older, what the other is about to point to."""
+    point_latest_to = latest._point_latest_to
+    others = []
+
+    def slowly(new):
+        if not others:
+            other = threading.Thread(target=checkpoint.save, args=(model, tmp_path))
+            others.append(other)
+            other.start()
+            other.join(timeout=1)
+        point_latest_to(new)
+
+    monkeypatch.setattr(latest, "_point_latest_to", slowly)
+    assert checkpoint.save(model, tmp_path).name == "checkpoint-000001"
+    others[0].join()
+    assert same(checkpoint.load(tmp_path), model)
+    assert names_in(tmp_path) == ["checkpoint-000002", "latest"]
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, model):
+    newer = draw(model.config, seed=9)
+    checkpoint.save(model, tmp_path)
+    places = []
+
+    def read(place):
+        places.append(place.name)
+        if len(places) == 1:
+            checkpoint.save(newer, tmp_path)
+        return checkpoint.load(place)
+
+    assert same(latest.read_newest(tmp_path, read), newer)
+    assert places == ["checkpoint-000001", "checkpoint-000002"]
