@@ -129,6 +129,7 @@ def train_in_steps(
     try:
         with run.folder.alone():
             run.begin()
+            run.begun = True
             _do_steps(run)
     except LossNotFinite as found:
         raise TrainingDiverged(run.diverged(found)) from None
@@ -226,6 +227,7 @@ class _Run:
         self.plan = plan
         self.world = world
         self.folder = RunFolder(plan.folder, world)
+        self.begun = False
         self.done = 0
         self.saved = 0
         self.history = copy.deepcopy(plan.history)
@@ -355,7 +357,9 @@ class _Run:
         return f"stopped after step {self.done} of {self.plan.steps}: {kept}"
 
     def cut_off(self) -> str:
-        """What to say of a training that a second Ctrl-C ended in the midst of it."""
+        """What to say of a training that Ctrl-C ended at once."""
+        if not self.begun:
+            return "stopped before the first step"
         kept = "nothing was saved"
         if self.plan.folder is not None and self.saved:
             kept = f"{self.folder.name} holds step {self.saved}, the same call goes on"
