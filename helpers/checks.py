@@ -106,7 +106,8 @@ def _check_number(field: str, value: Any, kind: type, bounds: list[Range]) -> No
     allowed = (int,) if kind is int else (int, float)
     noun = "a whole number" if kind is int else "a finite number"
     right = " ".join([noun, *map(str, bounds)])
-    finite = type(value) in allowed and abs(value) <= 1e308
+    number = isinstance(value, allowed) and not isinstance(value, bool)
+    finite = number and abs(value) <= 1e308
     need(finite, field, value, f"it must be {right}")
     need(
         all(bound.holds(value) for bound in bounds), field, value, f"it must be {right}"

@@ -1,9 +1,8 @@
 """How much of a routing crosses which link, and how long that takes."""
 
-import math
 from typing import NamedTuple
 
-from helpers.checks import Positive, check, need
+from helpers.checks import Count, NonNegative, Positive, check, need
 
 import torch
 from torch import Tensor
@@ -29,15 +28,17 @@ def reach(index: Tensor, experts: int, ranks: int, per_node: int = 8) -> Reach:
 
     The experts lie in order on `ranks` GPUs, `per_node` to a node; the tokens start
     evenly from all ranks, in order. One copy a node crosses InfiniBand and is forwarded
-    inside it (V3 section 3.2.2). Raises ValueError for what does not divide and for no
-    tokens.
+    inside it (V3 section 3.2.2). Raises InputError for what does not divide, for no
+    tokens and for experts that there are not.
     """
-    divides = ranks > 0 and experts % ranks == 0
+    check("experts", experts, Count)
+    check("ranks", ranks, Count)
+    check("per_node", per_node, Count)
+    divides = experts % ranks == 0
     need(divides, "ranks", ranks, f"the {experts} experts must divide evenly over them")
-    divides = per_node > 0 and ranks % per_node == 0
-    need(divides, "per_node", per_node, f"it must divide ranks={ranks}")
+    need(ranks % per_node == 0, "per_node", per_node, f"it must divide ranks={ranks}")
+    _check_index(index, experts)
     tokens = len(index)
-    need(tokens > 0, "index", list(index.shape), "it must hold a token at least")
 
     hit = torch.zeros(tokens, ranks)
     hit.scatter_(1, index // (experts // ranks), 1.0)
@@ -54,6 +55,20 @@ def reach(index: Tensor, experts: int, ranks: int, per_node: int = 8) -> Reach:
         busiest_node=_busiest(remote),
         busiest_rank=_busiest(hit),
     )
+
+
+def _check_index(index: Tensor, experts: int) -> None:
+    """Raise InputError unless index [tokens, K] names some of the experts."""
+    shape = list(index.shape)
+    filled = index.ndim == 2 and index.numel() > 0
+    need(filled, "index", shape, "it must hold a token and an expert at least")
+    whole = index.dtype in (torch.int32, torch.int64)
+    need(whole, "index", index.dtype, "it must be int32 or int64")
+    lowest = int(index.min())
+    highest = int(index.max())
+    known = lowest >= 0 and highest < experts
+    remedy = f"experts are numbered from 0 to {experts - 1}"
+    need(known, "index", [lowest, highest], remedy)
 
 
 def _mean_copies(copies: Tensor) -> float:
@@ -76,10 +91,11 @@ def all_to_all(
 ) -> tuple[float, float]:
     """Seconds on NVLink and on InfiniBand to send `tokens` per GPU of `size` bytes.
 
-    Both links run at once, so the longer time counts. Links in bytes per second.
+    Both links run at once, so the longer time counts. Links in bytes per second. Raises
+    InputError for links, sizes and tokens that cannot be.
     """
+    check("tokens", tokens, NonNegative)
     check("nvlink", nvlink, Positive)
     check("infiniband", infiniband, Positive)
     check("size", size, Positive)
-    need(math.isfinite(tokens), "tokens", tokens, "it must be a number")
     return tokens * to.ranks * size / nvlink, tokens * to.remote * size / infiniband

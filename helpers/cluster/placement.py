@@ -7,7 +7,7 @@ R replicas (slots for experts on all GPUs together).
 import heapq
 from dataclasses import dataclass
 
-from helpers.checks import need
+from helpers.checks import Count, check, need
 
 import numpy as np
 
@@ -23,8 +23,12 @@ class Placement:
     def loads(self, weight: np.ndarray, gpus: int) -> np.ndarray:
         """Load of each GPU [L, gpus].
 
-        An expert's tokens (weight [L, E]) are shared evenly by its replicas.
+        An expert's tokens (weight [L, E]) are shared evenly by its replicas. Raises
+        InputError for loads of another shape and for GPUs that do not divide R.
         """
+        expected = self.count.shape
+        need(weight.shape == expected, "weight", weight.shape, f"use loads {expected}")
+        _check_divides("gpus", gpus, "replicas", self.slots.shape[1])
         of_replica = np.take_along_axis(weight / self.count, self.slots, 1)
         return of_replica.reshape(len(weight), gpus, -1).sum(-1)
 
@@ -32,11 +36,12 @@ class Placement:
 def balanced_packing(weight: np.ndarray, packs: int) -> np.ndarray:
     """weight [L, n] -> slot of each item [L, n]; pack p begins at slot p * n / packs.
 
-    Heaviest item first, into the lightest pack that has room.
+    Heaviest item first, into the lightest pack that has room. Raises InputError for
+    packs that do not divide the items.
     """
+    _check_loads(weight)
     items = weight.shape[1]
-    divides = packs > 0 and items % packs == 0
-    need(divides, "packs", packs, f"it must divide the {items} items")
+    _check_divides("packs", packs, "items", items)
     size = items // packs
     slot = np.empty(weight.shape, dtype=int)
     for row, place in zip(weight, slot, strict=True):
@@ -53,8 +58,10 @@ def replicate(weight: np.ndarray, replicas: int) -> tuple[np.ndarray, np.ndarray
     """Copy the heaviest replica again and again.
 
     weight [L, n] -> the expert of each replica [L, replicas], and how many replicas
-    each expert has [L, n].
+    each expert has [L, n]. Raises InputError for fewer replicas than experts.
     """
+    _check_loads(weight)
+    check("replicas", replicas, Count)
     layers, experts = weight.shape
     need(
         replicas >= experts,
@@ -78,15 +85,15 @@ def place_experts(
     """Place experts with loads weight [L, E]: groups to nodes, copies, copies to GPUs.
 
     If the nodes do not divide the groups, it places globally, as one node with one
-    group. As in the published code, two copies of an expert may come to lie on one GPU.
-    Raises ValueError for what does not divide.
+    group. As in the published code, two copies of an expert may come to lie on one GPU:
+    nothing in the packing forbids it. Raises InputError for what does not divide.
     """
     weight = np.asarray(weight, dtype=float)
-    good = weight.ndim == 2 and bool(np.isfinite(weight).all())
-    good = good and weight.min(initial=0) >= 0
-    need(good, "weight", weight.shape, "use loads [L, E] of at least 0")
+    _check_loads(weight)
     layers, experts = weight.shape
-    if nodes > 0 and groups % nodes:
+    check("nodes", nodes, Count)
+    check("groups", groups, Count)
+    if groups % nodes:
         nodes = 1
         groups = 1
     _check_divides("groups", groups, "experts", experts)
@@ -111,9 +118,15 @@ def place_experts(
     return _with_lookup(slots, experts)
 
 
+def _check_loads(weight: np.ndarray) -> None:
+    good = weight.ndim == 2 and weight.size > 0
+    good = good and bool(np.isfinite(weight).all()) and weight.min() >= 0
+    need(good, "weight", weight.shape, "use loads [L, E] of at least 0")
+
+
 def _check_divides(name: str, part: int, whole_name: str, whole: int) -> None:
-    divides = part > 0 and whole % part == 0
-    need(divides, name, part, f"it must divide {whole_name}={whole}")
+    check(name, part, Count)
+    need(whole % part == 0, name, part, f"it must divide {whole_name}={whole}")
 
 
 def _with_lookup(slots: np.ndarray, experts: int) -> Placement:

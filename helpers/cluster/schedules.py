@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from helpers.checks import need
+from helpers.checks import Count, check, need
 
 # F forward, B whole backward, I gradient of the input, W gradient of the weights
 Kind = Literal["F", "B", "I", "W"]
@@ -113,8 +113,8 @@ def schedule(kind: str, ranks: int, micro_batches: int) -> list[list[Cell]]:
     2 * ranks <= micro_batches.
     """
     need(kind in KINDS, "kind", kind, f"use one of {', '.join(KINDS)}")
-    need(ranks >= 1, "ranks", ranks, "it must be at least 1")
-    need(micro_batches >= 1, "micro_batches", micro_batches, "it must be at least 1")
+    check("ranks", ranks, Count)
+    check("micro_batches", micro_batches, Count)
     if kind == "1F1B":
         return [_one_f_one_b(r, ranks, micro_batches) for r in range(ranks)]
     if kind == "ZB1P":
@@ -221,13 +221,11 @@ def _eight_steps(  # noqa: C901 (the published steps, to be read in one piece)
         order.backward(1)
         order.forward_and_backward(1, 0)
 
-    # 6. Only backwards are left; the later half is split again
-    backwards = 2 * (from_end + 1)
-    whole = 2 * ((from_end + 1) // 2)
-    if from_end % 2 == 0:
-        whole += 1
-    for n in range(backwards):
-        way = 1 if n % 2 == 0 else 0
+    # 6. Only backwards are left, of way 1 and way 0 in turn; the second half is split
+    # again, and its W wait
+    whole = from_end + 1
+    for n in range(2 * whole):
+        way = 1 - n % 2
         if n < whole:
             order.backward(way)
         else:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from helpers.checks import InputError, need
+from helpers.checks import InputError, Positive, check, need
 from helpers.cluster.schedules import Cell, Kind, Part
 
 
@@ -35,12 +35,16 @@ def simulate(
     """Run each rank's cells in order, each as soon as rank and inputs are ready.
 
     Sending takes no time of its own. Costs of a forward, a whole backward, its part W
-    for the weights, and an overlapped pair. Raises ValueError for costs that cannot be
-    and for an order in which every rank waits for another one.
+    for the weights, and an overlapped pair. Raises InputError for costs that cannot be,
+    for a rank that does nothing and for an order in which every rank waits for another
+    one.
     """
-    possible = min(F, W, B - W, FB) > 0
-    costs = {"F": F, "B": B, "W": W, "FB": FB}
-    need(possible, "F, B, W, FB", costs, "all must be above 0, and W below B")
+    for name, given in {"F": F, "B": B, "W": W, "FB": FB}.items():
+        check(name, float(given), Positive)  # float: numpy's numbers will do
+    need(W < B, "W", W, f"it is a part of the whole backward, so W below B={B}")
+    lengths = [len(rank) for rank in order]
+    at_work = len(lengths) > 0 and min(lengths) > 0
+    need(at_work, "order", lengths, "there must be a rank, and each needs a cell")
     cost: dict[Kind, float] = {"F": F, "B": B, "I": B - W, "W": W}
     last_stage = max(p.stage for rank in order for cell in rank for p in cell.parts)
 

@@ -132,7 +132,8 @@ def roll_out_prompts(
     inside = torch.arange(n, device=tokens.device) < lengths[:, None]
     log_probs = torch.where(inside, log_probs[:, :n], 0.0)
     texts = []
-    for ids, known in zip(answers, inside & ~ended, strict=True):
+    said = inside & ~ended
+    for ids, known in zip(answers.cpu(), said.cpu(), strict=True):
         texts.append(decode(ids[known].tolist()))
     return Rollout(tokens, log_probs, lengths, texts, prompt_lengths)
 

@@ -1,4 +1,5 @@
 """Several processes train what one trains; a killed worker changes nothing. The processes are real: torchrun, gloo, four and two of them."""
+
 import json
 import math
 import os
@@ -21,7 +22,15 @@ from helpers.tests.test_model import draw, ids, one_thread, same_random_numbers,
 from helpers.train import Settings
 
 CONFIG = small(vocab_size=300, initializer_range=0.05, num_hidden_layers=2)
-SETTINGS = Settings(steps=20, batch_size=8, length=16, warmup_steps=20, valid_every=7, valid_sequences=4, gamma=0.01)
+SETTINGS = Settings(
+    steps=20,
+    batch_size=8,
+    length=16,
+    warmup_steps=20,
+    valid_every=7,
+    valid_sequences=4,
+    gamma=0.01,
+)
 KILLS = 2
 LIMIT = 900  # seconds that torchrun and what it starts may live; they need 15 of them on two free cores
 
@@ -35,9 +44,25 @@ class Torchrun:
     """torchrun with everything that it started: leaving the block ends it all."""
 
     def __init__(self, n, *words, restarts=0):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts", restarts, *words]
-        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        cwd=Path(train.__file__).parent.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            n,
+            "--max-restarts",
+            restarts,
+            *words,
+        ]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(train.__file__).parent.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         self.seen: dict[int, psutil.Process] = {}
         self.end = time.monotonic() + LIMIT
 
@@ -48,7 +73,11 @@ class Torchrun:
         """Those alive now, oldest first."""
         assert time.monotonic() < self.end, f"not done after {LIMIT} s"
         try:
-            now = [p for p in psutil.Process(self.process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+            now = [
+                p
+                for p in psutil.Process(self.process.pid).children(recursive=True)
+                if p.status() != psutil.STATUS_ZOMBIE
+            ]
         except psutil.NoSuchProcess:
             now = []
         self.seen |= {p.pid: p for p in now}
@@ -56,7 +85,9 @@ class Torchrun:
 
     def finish(self):
         self.workers()
-        out, errors = self.process.communicate(timeout=max(self.end - time.monotonic(), 0))
+        out, errors = self.process.communicate(
+            timeout=max(self.end - time.monotonic(), 0)
+        )
         assert self.process.returncode == 0, errors[-5000:]
         return out
 
@@ -75,11 +106,23 @@ class Torchrun:
 def final(folder):
     """All that a run ends with, but for the seconds."""
     extra, state = checkpoint.load_training(folder)
-    return checkpoint.load(folder).state_dict() | extra, {k: v for k, v in state["history"].items() if "seconds" not in k} | {"step": state["step"]}
+    return checkpoint.load(folder).state_dict() | extra, {
+        k: v for k, v in state["history"].items() if "seconds" not in k
+    } | {"step": state["step"]}
 
 
-def test_four_processes_compute_what_one_computes_and_hand_their_run_over(texts, tmp_path, monkeypatch):
-    (tmp_path / "job.json").write_text(json.dumps({"config": CONFIG.to_hf(), "settings": asdict(SETTINGS), "texts": str(texts)}))
+def test_four_processes_compute_what_one_computes_and_hand_their_run_over(
+    texts, tmp_path, monkeypatch
+):
+    (tmp_path / "job.json").write_text(
+        json.dumps(
+            {
+                "config": CONFIG.to_hf(),
+                "settings": asdict(SETTINGS),
+                "texts": str(texts),
+            }
+        )
+    )
     corpus = data.load(texts, 300)
     batch, stop = corpus.batch, iter([7])
 
@@ -90,7 +133,9 @@ def test_four_processes_compute_what_one_computes_and_hand_their_run_over(texts,
 
     def trained(name):
         torch.manual_seed(0)
-        return train.train(DeepSeekV3(CONFIG), corpus, SETTINGS, tmp_path / name, save_every=7)
+        return train.train(
+            DeepSeekV3(CONFIG), corpus, SETTINGS, tmp_path / name, save_every=7
+        )
 
     one = trained("one") if not monkeypatch.setattr(corpus, "batch", batch) else None
     monkeypatch.setattr(corpus, "batch", hooked)
@@ -102,19 +147,34 @@ def test_four_processes_compute_what_one_computes_and_hand_their_run_over(texts,
     trained("moved")
     for name in ("spread", "moved"):
         tensors, history = final(tmp_path / name)
-        assert tensors.keys() == final(tmp_path / "one")[0].keys() and history["step"] == 20
+        assert (
+            tensors.keys() == final(tmp_path / "one")[0].keys()
+            and history["step"] == 20
+        )
         for kind in ("loss", "mtp_loss", "valid_loss"):
             assert history[kind] == pytest.approx(one[kind], rel=1e-4), (name, kind)
         assert history["load"] == one["load"] and history["bias"] == one["bias"]
-    for a, b in zip(final(tmp_path / "spread")[0].values(), final(tmp_path / "one")[0].values(), strict=True):
+    for a, b in zip(
+        final(tmp_path / "spread")[0].values(),
+        final(tmp_path / "one")[0].values(),
+        strict=True,
+    ):
         assert a.shape == b.shape and a.dtype == b.dtype
 
 
 def test_one_process_hands_back_what_it_got():
     model, tokens = draw(CONFIG), ids(CONFIG, 3, 5)
-    assert (parallel.RANK, parallel.N) == (0, 1) and parallel.mean(0.1, 2.0) == [0.1, 2.0] and parallel.total(tokens) is tokens
+    assert (
+        (parallel.RANK, parallel.N) == (0, 1)
+        and parallel.mean(0.1, 2.0) == [0.1, 2.0]
+        and parallel.total(tokens) is tokens
+    )
     assert torch.equal(parallel.rows(tokens, "batch_size"), tokens)
-    assert parallel.shard(model) is model and parallel.whole(tokens) is tokens and parallel.part(tokens, model.norm.weight) is tokens
+    assert (
+        parallel.shard(model) is model
+        and parallel.whole(tokens) is tokens
+        and parallel.part(tokens, model.norm.weight) is tokens
+    )
     with pytest.raises(ValueError, match="ep=2 cannot work.*number of processes, 1"):
         parallel.shard(model, 2)
 
@@ -125,8 +185,32 @@ def test_one_process_hands_back_what_it_got():
 def start(out, texts, restarts=0):
     config = out.with_name("config.json")
     config.write_text(json.dumps(CONFIG.to_hf()))
-    return Torchrun(2, "-m", "helpers.train", "--out", out, "--text", texts, "--config", config, "--steps", 40, "--batch-size", 4, "--length", 16,
-                    "--warmup-steps", 2, "--valid-every", 9, "--valid-sequences", 4, "--save-every", 3, restarts=restarts)
+    return Torchrun(
+        2,
+        "-m",
+        "helpers.train",
+        "--out",
+        out,
+        "--text",
+        texts,
+        "--config",
+        config,
+        "--steps",
+        40,
+        "--batch-size",
+        4,
+        "--length",
+        16,
+        "--warmup-steps",
+        2,
+        "--valid-every",
+        9,
+        "--valid-sequences",
+        4,
+        "--save-every",
+        3,
+        restarts=restarts,
+    )
 
 
 def kill_and_finish(out, texts, rng):
@@ -136,7 +220,11 @@ def kill_and_finish(out, texts, rng):
         while newest < saves and run.process.poll() is None:
             run.workers()
             time.sleep(0.01)
-            newest = int(os.readlink(out / "latest")[-6:]) if (out / "latest").is_symlink() else 0
+            newest = (
+                int(os.readlink(out / "latest")[-6:])
+                if (out / "latest").is_symlink()
+                else 0
+            )
         time.sleep(rng.uniform(0, 0.1))
         first = run.workers()
         rng.choice(first).kill()
@@ -148,15 +236,24 @@ def kill_and_finish(out, texts, rng):
     return 3 * newest
 
 
-def test_a_killed_worker_is_started_again_and_the_run_ends_with_the_same_bits(texts, tmp_path):
+def test_a_killed_worker_is_started_again_and_the_run_ends_with_the_same_bits(
+    texts, tmp_path
+):
     with start(tmp_path / "whole", texts) as run:
         text = run.finish()
         [line] = text.splitlines()
-        assert re.search(r"validation loss \d.* \d+ tokens/s; checkpoint in .*; [1-9][\d.]*% of the time in all-to-all$", line)
+        assert re.search(
+            r"validation loss \d.* \d+ tokens/s; checkpoint in .*; [1-9][\d.]*% of the time in all-to-all$",
+            line,
+        )
     tensors, history = final(tmp_path / "whole")
     rng, steps = random.Random(0), []
     for k in range(KILLS):
         steps.append(kill_and_finish(tmp_path / str(k), texts, rng))
         again, same = final(tmp_path / str(k))
-        assert same == history and again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+        assert (
+            same == history
+            and again.keys() == tensors.keys()
+            and all(torch.equal(again[name], tensors[name]) for name in tensors)
+        )
     assert max(steps) < 40

@@ -228,10 +228,12 @@ def _check_names(
     if scales:
         allowed |= {f"{name}_scale_inv" for name in shapes}
     for name in sorted(files.names):
-        if name not in allowed and not state_dict.RECOMPUTED.fullmatch(name):
-            raise CheckpointError(
-                f"tensor {name} is extra: config.json has no place for it"
-            )
+        if name in allowed or state_dict.RECOMPUTED.fullmatch(name):
+            continue
+        reason = "config.json has no place for it"
+        if name.removesuffix("_scale_inv") in shapes:
+            reason = "config.json has no quantization_config that asks for scales"
+        raise CheckpointError(f"tensor {name} is extra: {reason}")
 
 
 def _read_weight(files: TensorFiles, name: str, shape: torch.Size) -> Tensor:

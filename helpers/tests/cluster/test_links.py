@@ -98,6 +98,14 @@ def test_time_is_bytes_over_bandwidth():
             "per_node=3",
         ),
         (lambda: cluster.reach(torch.zeros(0, 2, dtype=torch.long), 8, 4, 2), "index"),
+        (lambda: cluster.reach(torch.zeros(2, 0, dtype=torch.long), 8, 4, 2), "index"),
+        (lambda: cluster.reach(torch.zeros(2, dtype=torch.long), 8, 4, 2), "index"),
+        (lambda: cluster.reach(torch.zeros(2, 2), 8, 4, 2), "index=torch.float32"),
+        (lambda: cluster.reach(torch.tensor([[0, 8]]), 8, 4, 2), r"index=\[0, 8\]"),
+        (lambda: cluster.reach(torch.tensor([[-1, 3]]), 8, 4, 2), r"index=\[-1, 3\]"),
+        (lambda: cluster.reach(torch.tensor([[0]]), 0, 4, 2), "experts=0"),
+        (lambda: cluster.reach(torch.tensor([[0]]), 8, 4.0, 2), "ranks=4.0"),
+        (lambda: cluster.all_to_all(-1, cluster.Reach(1, 1, 1, 1, 1), 8), "tokens=-1"),
     ],
 )
 def test_impossible_input_says_what_is_wrong(call, field):

@@ -46,6 +46,9 @@ def test_the_example_of_eplbs_readme():
     assert ratio == [1.073, 1.19]
 
 
+PLACED = cluster.place_experts(np.ones((1, 8)), 8, 2)
+
+
 @st.composite
 def clusters(draw):
     nodes = draw(st.integers(1, 3))
@@ -151,6 +154,12 @@ def test_on_a_tiny_case_the_greedy_way_can_be_worse_than_doing_nothing():
     assert placed.max() == 10.5 and weight.reshape(4, 2).sum(1).max() == 10
 
 
+def test_two_copies_of_an_expert_may_lie_on_one_gpu():
+    weight = np.array([[50, 61, 97, 73, 63, 54]])
+    placement = cluster.place_experts(weight, 12, 3)
+    assert placement.slots.reshape(3, 4).tolist()[2] == [3, 3, 1, 5]
+
+
 @pytest.mark.parametrize(
     ("call", "field"),
     [
@@ -164,6 +173,15 @@ def test_on_a_tiny_case_the_greedy_way_can_be_worse_than_doing_nothing():
         (lambda: cluster.place_experts(np.ones((1, 8)), 8, 0), "gpus=0"),
         (lambda: cluster.place_experts(-np.ones((1, 8)), 8, 2), "weight"),
         (lambda: cluster.place_experts(np.ones(8), 8, 2), "weight"),
+        (lambda: cluster.place_experts(np.ones((0, 8)), 8, 2), "weight"),
+        (lambda: cluster.place_experts(np.ones((1, 8)), 8, 2, nodes=-1), "nodes=-1"),
+        (lambda: cluster.place_experts(np.ones((1, 8)), 8, 2.0), "gpus=2.0"),
+        (lambda: cluster.balanced_packing(np.full((1, 4), np.nan), 2), "weight"),
+        (lambda: cluster.balanced_packing(np.ones((1, 4)), 3), "packs=3"),
+        (lambda: cluster.replicate(np.ones(4), 5), "weight"),
+        (lambda: cluster.replicate(np.ones((1, 4)), 3), "replicas=3"),
+        (lambda: PLACED.loads(np.ones((1, 8)), 3), "gpus=3"),
+        (lambda: PLACED.loads(np.ones((2, 8)), 2), "weight"),
     ],
 )
 def test_impossible_input_says_what_is_wrong(call, field):

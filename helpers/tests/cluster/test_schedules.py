@@ -215,6 +215,12 @@ def test_the_published_picture():
         (lambda: cluster.schedule("DualPipeV", 4, 7), "micro_batches=7"),
         (lambda: cluster.schedule("GPipe", 4, 8), "GPipe"),
         (lambda: cluster.schedule("1F1B", 0, 8), "ranks=0"),
+        (lambda: cluster.schedule("1F1B", 2.0, 8), "ranks=2.0"),
+        (lambda: cluster.schedule("1F1B", 2, True), "micro_batches=True"),
+        (lambda: cluster.simulate([]), "order"),
+        (lambda: cluster.simulate([[cell("F", 0)], []]), "order"),
+        (lambda: cluster.simulate([[cell("F", 0)]], W=float("nan")), "W=nan"),
+        (lambda: cluster.simulate([[cell("F", 0)]], B=float("inf")), "B=inf"),
         (
             lambda: cluster.simulate(cluster.schedule("1F1B", 2, 2), B=1, W=1),
             "W below B",

@@ -281,11 +281,11 @@ def test_the_defaults_are_the_papers_where_they_carry_over():
         assert getattr(defaults, name) == fact(f"train.{name}")
     assert defaults.mtp_lambda == fact("train.lambda_first")
     assert defaults.mtp_lambda_last == fact("train.lambda_last")
-    assert pretrain.TOTAL == fact("tokens") / 1e12
-    assert pretrain.CONSTANT == fact("train.constant_until_tokens") / 1e12
-    assert pretrain.COSINE == fact("train.gamma_tokens") / 1e12
-    assert pretrain.V3_PEAK == fact("train.lr")
-    assert pretrain.V3_LAST == fact("train.final_lr_2")
+    assert fact("tokens") / 1e12 == pretrain.TOTAL
+    assert fact("train.constant_until_tokens") / 1e12 == pretrain.CONSTANT
+    assert fact("train.gamma_tokens") / 1e12 == pretrain.COSINE
+    assert fact("train.lr") == pretrain.V3_PEAK
+    assert fact("train.final_lr_2") == pretrain.V3_LAST
     scaled = 0.006 * math.sqrt(7168 / 128)
     assert V3Config.tiny().initializer_range == pytest.approx(scaled, rel=0.01)
 

@@ -115,6 +115,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place, name", STEPS)
 def test_a_save_that_fails_anywhere_leaves_the_old_checkpoint_or_the_new_one(
     place, name, tmp_path, model
@@ -229,6 +230,7 @@ def run(script, *args):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process it kills")
 def test_killed_at_any_moment_of_saving_a_whole_checkpoint_stays(tmp_path):
     process = run(SAVE_AND_READ + KILLED_WHILE_SAVING, str(tmp_path / "run"))
@@ -340,6 +342,7 @@ assert left == [".lock", f"checkpoint-{2 * times + 1:06d}", "latest"], left
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that save")
 def test_two_processes_save_into_one_folder_and_latest_is_always_whole(tmp_path):
     process = run(SAVE_AND_READ + TWO_BESIDE_EACH_OTHER, str(tmp_path / "run"))
