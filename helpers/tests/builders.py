@@ -119,7 +119,21 @@ def theirs_of(model: DeepSeekV3, folder: Path) -> DeepseekV3ForCausalLM:
     return theirs.eval()
 
 
-TEXT_WORDS = ("def return alpha beta gamma self.value 12 3456 é 漢字 😀 # note").split()  # noqa: SIM905
+TEXT_WORDS = [
+    "def",
+    "return",
+    "alpha",
+    "beta",
+    "gamma",
+    "self.value",
+    "12",
+    "3456",
+    "é",
+    "漢字",
+    "😀",
+    "#",
+    "note",
+]
 
 
 def write_texts(folder: Path, n: int = 40) -> Path:

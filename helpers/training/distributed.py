@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-from helpers.training.parallel import World
+from helpers.training.world import World
 from helpers.v3 import DeepSeekV3, Experts, MoE
 from helpers.v3.grouped import combine, dispatch, run_experts, sort_by_expert
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from helpers.checks import Count, check
 from helpers.training import runs
-from helpers.training.parallel import World
 from helpers.training.run_folder import RunFolder
+from helpers.training.world import World
 
 import torch
 from tokenizers import Tokenizer

@@ -25,7 +25,8 @@ from helpers.training.loop import (
     must_be_finite,
     train_in_steps,
 )
-from helpers.training.parallel import World, join_world
+from helpers.training.parallel import join_world
+from helpers.training.world import World
 from helpers.v3 import DeepSeekV3, Routing, V3Config, checkpoint, fp8
 
 import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.training import runs
-from helpers.training.parallel import World
+from helpers.training.world import World
 from helpers.v3 import checkpoint
 
 import torch

@@ -172,10 +172,10 @@ class Checks:
                 if world.rank == odd:
                     mine += difference
                 assert not world.agree(mine)
-        # a mean would not see these
-        mirrored = (world.rank - (world.size - 1) / 2) * 2
-        assert world.mean(mirrored) == [0]
-        assert not world.agree(int(mirrored))
+        # the first process has the mean of all, and must hear of the others all the same
+        mine = (0, 1, -1, 0)[world.rank]
+        assert world.mean(mine) == [0]
+        assert not world.agree(mine)
 
 
 def refused(act: Callable[[], object], *words: str) -> None:

@@ -209,6 +209,22 @@ def test_the_comparison_leaves_no_trace_in_what_the_trainer_keeps(
     found.must_be(expected)
 
 
+def test_a_run_that_starts_anew_keeps_nothing_of_the_comparison(
+    corpus, tmp_path, monkeypatch
+):
+    trained(corpus, tmp_path / "whole", new_model())
+    trained(corpus, tmp_path / "run", new_model())
+    code_is(monkeypatch, "after")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Provenance, "verdict", lambda made, now: "stale")
+        trained(corpus, tmp_path / "run", new_model())
+    found = Bits(tmp_path / "run")
+    assert found.history["provenance"].pop("code") == "after"
+    expected = Bits(tmp_path / "whole")
+    expected.history["provenance"].pop("code")
+    found.must_be(expected)
+
+
 @pytest.mark.slow
 def test_sources_that_changed_are_told_by_their_numbers(tmp_path, texts):
     shell = Shell(tmp_path, texts)

@@ -613,7 +613,7 @@ def test_an_fp8_checkpoint_has_the_published_form_and_loads_as_the_rounded_weigh
         for file in written.glob("model-*")
         for name, t in load_file(file).items()
     }
-    written_config = json.loads((written / "config.json").read_text())
+    written_config = json.loads((written / "config.json").read_text(encoding="utf-8"))
     assert written_config["quantization_config"] == {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -790,11 +790,11 @@ def test_a_broken_fp8_file_is_named(files, change, message):
     ],
 )
 def test_another_quantisation_is_refused(files, asked, message):
-    config = json.loads((files / "config.json").read_text()) | {
+    config = json.loads((files / "config.json").read_text(encoding="utf-8")) | {
         "quantization_config": asked
     }
     if asked == "absent":
         del config["quantization_config"]
-    (files / "config.json").write_text(json.dumps(config))
+    (files / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(files)
