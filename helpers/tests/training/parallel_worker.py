@@ -172,7 +172,7 @@ class Checks:
                 if world.rank == odd:
                     mine += difference
                 assert not world.agree(mine)
-        # the first process has the mean of all, and must hear of the others all the same
+        # the first process has the mean of all; it must hear of the others too
         mine = (0, 1, -1, 0)[world.rank]
         assert world.mean(mine) == [0]
         assert not world.agree(mine)
