@@ -57,12 +57,12 @@ def simulate(
             _advance(timed, rank, ends, cost, FB, last_stage)
         if len(ends) == before:
             raise InputError("order cannot work: every rank waits for another one")
-    return Timeline(
-        span=max(timed[-1].end for timed in done),
-        busy=[sum(cell.end - cell.start for cell in timed) for timed in done],
-        cells=done,
-        peak=[_peak(rank) for rank in order],
-    )
+    span = max(timed[-1].end for timed in done)
+    busy = []
+    for timed in done:
+        busy.append(sum(cell.end - cell.start for cell in timed))
+    peak = [_peak(rank) for rank in order]
+    return Timeline(span, busy, done, peak)
 
 
 def _advance(

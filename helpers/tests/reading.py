@@ -10,6 +10,7 @@ import base64
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -148,8 +149,11 @@ def modules(tests: bool = False) -> dict[str, Path]:
     return found
 
 
+@cache
 def parse(path: Path) -> ast.Module:
-    """The syntax tree of a source file."""
+    """The syntax tree of a source file, or of a notebook's code."""
+    if path.suffix == ".ipynb":
+        return ast.parse(code_of(read(path)))
     return ast.parse(path.read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,6 @@ stands.
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import NamedTuple
 
 from helpers.tests import reading
@@ -169,17 +168,12 @@ def private_names_of_others(tree: ast.Module) -> Iterator[str]:
 def test_private_names_stay_in_their_module():
     wrong = []
     for name, path in MODULES.items():
-        wrong += [(name, where) for where in private_names_of_others(parse_of(path))]
+        wrong += [
+            (name, where) for where in private_names_of_others(reading.parse(path))
+        ]
     for path in NOTEBOOKS:
-        wrong += [(path.name, w) for w in private_names_of_others(parse_of(path))]
+        wrong += [(path.name, w) for w in private_names_of_others(reading.parse(path))]
     assert wrong == []
-
-
-def parse_of(path: Path) -> ast.Module:
-    """The syntax tree of a source file or of a notebook's code."""
-    if path.suffix == ".ipynb":
-        return ast.parse(reading.code_of(reading.read(path)))
-    return reading.parse(path)
 
 
 def test_a_private_name_is_found():
@@ -315,7 +309,7 @@ def test_every_text_file_names_its_encoding():
         lines = text_without_encoding(reading.parse(path))
         wrong += [f"{name}:{line}" for line in lines]
     for path in NOTEBOOKS:
-        lines = text_without_encoding(parse_of(path))
+        lines = text_without_encoding(reading.parse(path))
         wrong += [f"{path.name}:{line}" for line in lines]
     assert wrong == []
 
