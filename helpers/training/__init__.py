@@ -4,8 +4,10 @@ runs         where runs and caches lie, how they are named, which code made them
 source       a hash of the code that a module rests on
 corpus       text, tokenizer, batches
 loop         one step after another: stop, resume, save
+run_folder   one program at a time in it, checkpoints whole
 pretrain     losses and settings of pre-training
-parallel     who and how many we are
+world        who and how many we are; alone, nothing changes
+parallel     how a process finds the others
 distributed  what several processes do together
 
 Imports here: `helpers.v3`, `helpers.checks`, `helpers.evidence.facts`. Nothing is
