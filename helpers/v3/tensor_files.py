@@ -32,6 +32,12 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise _missing(path) from None
+    except RuntimeError as error:
+        # safetensors opens a file twice, the second time through torch, which has an
+        # error of its own for one that a newer save has removed in between
+        if path.exists():
+            raise _damaged(path, error) from None
+        raise _missing(path) from None
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise _damaged(path, error) from None
 
