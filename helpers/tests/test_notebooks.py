@@ -235,6 +235,7 @@ def test_every_notebook_is_known():
 # ------------------------------------------------------------------- as they lie in git
 
 
+@pytest.mark.slow
 @each_notebook
 def test_was_run_from_top_to_bottom_without_problems(path):
     notebook = reading.read(path)

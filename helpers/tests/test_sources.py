@@ -165,6 +165,7 @@ def private_names_of_others(tree: ast.Module) -> Iterator[str]:
                 yield f"line {node.lineno}: {owner}.{node.attr}"
 
 
+@pytest.mark.slow
 def test_private_names_stay_in_their_module():
     wrong = []
     for name, path in MODULES.items():
@@ -303,6 +304,7 @@ def test_text_without_encoding_is_found():
     assert text_without_encoding(ast.parse(source)) == [1, 4, 6, 10]
 
 
+@pytest.mark.slow
 def test_every_text_file_names_its_encoding():
     wrong = []
     for name, path in WITH_TESTS.items():

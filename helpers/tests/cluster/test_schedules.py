@@ -40,6 +40,7 @@ def word(cell: cluster.Cell) -> str:
     return "".join(part.kind for part in cell.parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [("1F1B", 100), ("ZB1P", 100), ("DualPipe", 100), ("DualPipeV", 100)],

@@ -16,6 +16,8 @@ import pytest
 from nbclient import NotebookClient
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
+pytestmark = pytest.mark.slow  # a kernel runs the notebook
+
 ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOK = ROOT / "notebooks" / "12_claims_checked.ipynb"
 RECORDED = [

@@ -73,6 +73,7 @@ def counted(step):
 # ----------------------------------------------------------------------------- FLOPs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -307,6 +308,7 @@ def test_printed_weeks_and_wall_hours():
 POSITIVE = st.floats(min_value=1e-9, max_value=1e30)
 
 
+@pytest.mark.slow
 @given(POSITIVE, POSITIVE)
 def test_rates_are_linear(flop, tflops):
     hours = flop / (tflops * 1e12) / 3600
@@ -319,6 +321,7 @@ ODD = [None, "2", True, 1j, 10**400, [1.0], np.nan, np.array([1.0, np.inf])]
 ANY = st.one_of(st.floats(), st.integers(), st.sampled_from(ODD))
 
 
+@pytest.mark.slow
 @given(ANY, ANY)
 def test_any_input_gives_a_finite_rate_or_a_value_error(flop, hours):
     try:
@@ -397,6 +400,7 @@ SLIDER_CELLS = (
 )
 
 
+@pytest.mark.slow
 def test_each_slider_of_notebook_11_moves_its_picture():
     path = Path(__file__).parents[3] / "notebooks" / "11_training_cost.ipynb"
     notebook = nbformat.read(path, as_version=4)

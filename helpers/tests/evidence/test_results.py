@@ -263,6 +263,7 @@ def test_every_verdict_is_listed():
     assert [line.edition for line in results.listing()] == ["second"] * 4 + ["first"]
 
 
+@pytest.mark.slow
 def test_changed_training_code_is_not_stale_but_changed_evaluation_is(monkeypatch):
     """The same file judged with sources in which one module differs."""
     results.record("run", {}, 0, {}, runs={"x": a_history()})

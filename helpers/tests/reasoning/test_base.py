@@ -31,6 +31,7 @@ def test_the_base_fits_the_task():
     assert PRETRAINING.length < EXTENSION.length
 
 
+@pytest.mark.slow
 def test_short_windows_first_then_long_ones_and_read_again(texts, monkeypatch):
     trained = record(
         monkeypatch,
@@ -55,6 +56,7 @@ def folders():
     return [path for path in runs.cache_dir().iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_another_corpus_config_or_number_of_steps_is_another_base(texts):
     other = corpus(Writers(verify={"en": 0.0, "es": 0.0}), 6000, 0, 12_000)
     base(texts, SMALL, steps=1)
@@ -65,6 +67,7 @@ def test_another_corpus_config_or_number_of_steps_is_another_base(texts):
     assert len(folders()) == 8
 
 
+@pytest.mark.slow
 def test_the_settings_stay_as_they_are(texts):
     base(texts, SMALL, steps=1)
     assert module.PRETRAINING.steps == 1750

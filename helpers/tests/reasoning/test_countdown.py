@@ -53,6 +53,7 @@ def test_what_is_kept_between_calls_cannot_be_changed():
 # --------------------------------------------------------------------- the problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_problems_can_be_solved_and_come_from_split_and_seed_alone(split):
     drawn = countdown.problems(split, 300, 5)
@@ -160,6 +161,7 @@ def by_brute_force(digits):
     return expected
 
 
+@pytest.mark.slow
 def test_candidates_are_those_of_brute_force():
     extreme = [(1, 1, 9, 9), (9, 9, 9, 9), (1, 2, 3, 4)]
     for digits in [*countdown.tuples("test"), *extreme]:

@@ -115,6 +115,7 @@ def test_watching_without_a_watch_is_refused(base):
 # --------------------------------------------------------------------- a run of steps
 
 
+@pytest.mark.slow
 def test_the_reward_goes_up_when_it_is_within_reach(base):
     settings = replace(SETTINGS, steps=40, questions=8, group=8, lr=1e-2)
     _, history = grpo(base, settings, "up")
@@ -123,6 +124,7 @@ def test_the_reward_goes_up_when_it_is_within_reach(base):
     assert last > first + 0.25, (first, last)
 
 
+@pytest.mark.slow
 def test_the_history_of_grpo(base):
     seen = []
 
@@ -162,6 +164,7 @@ def test_a_run_that_nobody_watches_has_an_empty_watch(base):
     assert grpo(base, replace(SETTINGS, steps=1), "alone")[1]["watch"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_the_base_mtp_and_expert_biases_stay_as_they_are(base, kl):
     before = weights_of(base)
@@ -181,6 +184,7 @@ def test_the_base_mtp_and_expert_biases_stay_as_they_are(base, kl):
     assert not model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_the_mode_of_the_base_does_not_matter(kl):
     """Neither to a V3 nor to a student with dropout, nor to the reference."""
@@ -196,6 +200,7 @@ def test_the_mode_of_the_base_does_not_matter(kl):
         assert not loud.training
 
 
+@pytest.mark.slow
 @KINDS
 def test_the_reference_is_a_copy_of_the_policy_made_every_so_many_steps(
     kind, monkeypatch
@@ -218,6 +223,7 @@ def test_the_reference_is_a_copy_of_the_policy_made_every_so_many_steps(
     assert {reference for _, reference in seen} == {fingerprint(base)}
 
 
+@pytest.mark.slow
 def test_a_strong_kl_term_holds_the_policy_near_the_reference(base):
     tokens = rollout(base, problems("dev", 32, 0), 16, generator(9)).tokens
 
@@ -230,6 +236,7 @@ def test_a_strong_kl_term_holds_the_policy_near_the_reference(base):
     assert distance(3.0) < 0.7 * distance(0.0)
 
 
+@pytest.mark.slow
 def test_every_step_asks_and_draws_anew_and_for_the_settings_seed(base, monkeypatch):
     drawn = record(
         monkeypatch,
@@ -247,6 +254,7 @@ def test_every_step_asks_and_draws_anew_and_for_the_settings_seed(base, monkeypa
         assert {problem.digits for problem in asked} <= train
 
 
+@pytest.mark.slow
 def test_the_learning_rate_warms_up(base, monkeypatch):
     rates = record(
         monkeypatch,
@@ -259,6 +267,7 @@ def test_the_learning_rate_warms_up(base, monkeypatch):
     assert rates == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -273,6 +282,7 @@ def test_updates_need_not_divide_the_questions(base, change):
     assert all(map(math.isfinite, history["loss"]))
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(kind, updates):
@@ -290,6 +300,7 @@ def test_a_context_too_short_is_said_as_it_is(base):
         grpo(base, replace(SETTINGS, max_new_tokens=90), "long")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_dense_students_go_through_grpo(kind, kl):

@@ -79,6 +79,7 @@ class PlainDescent(torch.optim.SGD):
     """w - rate * gradient, so that the change of the weights shows the gradient."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -198,6 +199,7 @@ def test_the_first_mini_batch_leaves_the_weights(base):
 # ---------------------------------------------------- nothing to learn where all agree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paid", [0.0, 0.2, 1.0, 1.2, 2.2, 2.7, 0.3])
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_where_all_rewards_are_equal_nothing_is_computed_and_nothing_changes(
@@ -219,6 +221,7 @@ def test_where_all_rewards_are_equal_nothing_is_computed_and_nothing_changes(
     assert history["gap"] == [0.0] * 2
 
 
+@pytest.mark.slow
 def test_only_the_group_that_does_not_agree_is_computed(base, monkeypatch):
     rewards = iter([1.2] * 8 + [0.0, 1.0] * 4 + [0.2] * 8 + [2.7] * 8)
     monkeypatch.setattr(module, "reward", lambda *_: next(rewards))
@@ -230,6 +233,7 @@ def test_only_the_group_that_does_not_agree_is_computed(base, monkeypatch):
     assert sorted(rows) == list(range(8, 16))
 
 
+@pytest.mark.slow
 def test_with_a_reference_groups_that_agree_are_held_near_it(base, monkeypatch):
     monkeypatch.setattr(module, "reward", lambda *_: 1.2)
     seen = part_losses(monkeypatch)

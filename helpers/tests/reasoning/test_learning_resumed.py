@@ -74,6 +74,7 @@ def references_in(folder):
 # ------------------------------------------------------------ stopped, killed, gone on
 
 
+@pytest.mark.slow
 @WAYS
 def test_stopped_by_ctrl_c_the_same_call_ends_in_the_same_bits(
     base, kind, tmp_path, monkeypatch
@@ -100,6 +101,7 @@ def test_stopped_by_ctrl_c_the_same_call_ends_in_the_same_bits(
     assert bool(references_in(tmp_path / "run")) == has_reference
 
 
+@pytest.mark.slow
 @WAYS
 def test_cut_off_in_the_midst_of_a_step_it_goes_on_from_the_last_checkpoint(
     base, kind, tmp_path, monkeypatch, save_often
@@ -114,6 +116,7 @@ def test_cut_off_in_the_midst_of_a_step_it_goes_on_from_the_last_checkpoint(
     assert_same_bits(bits(tmp_path / "run"), bits(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_cut_off_after_a_checkpoint_at_a_watched_step_nothing_is_watched_twice(
     base, tmp_path, monkeypatch, save_often
 ):
@@ -130,6 +133,7 @@ def test_cut_off_after_a_checkpoint_at_a_watched_step_nothing_is_watched_twice(
     assert without_seconds(history) == without_seconds(whole)
 
 
+@pytest.mark.slow
 @WAYS
 def test_reworded_code_goes_on_from_a_run_that_is_half_finished(
     base, kind, tmp_path, monkeypatch, save_often
@@ -152,6 +156,7 @@ def test_reworded_code_goes_on_from_a_run_that_is_half_finished(
         assert history[name] == same_history[name], name
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_could_be_learnt_can_be_read_again(
     base, monkeypatch, tmp_path
 ):
@@ -204,6 +209,7 @@ def wait_until(happens, process, seconds):
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_killed_in_grpo_and_in_fine_tuning_and_run_again_they_end_in_the_same_bits(
     tmp_path,
 ):
@@ -252,6 +258,7 @@ def test_killed_in_grpo_and_in_fine_tuning_and_run_again_they_end_in_the_same_bi
 # ---------------------------------------------------------------- kept and read again
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_finished_run_is_read_and_not_trained(base, kind, monkeypatch):
     model, history = train_some(kind, base)
@@ -270,6 +277,7 @@ def folders():
     return {path.name for path in cache.iterdir() if path.is_dir()}
 
 
+@pytest.mark.slow
 def test_another_base_settings_or_examples_is_another_run(base):
     other = copy.deepcopy(base)
     with torch.no_grad():
@@ -293,6 +301,7 @@ def test_another_base_settings_or_examples_is_another_run(base):
     assert len(folders()) == len(calls)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(base, tmp_path):
     other = copy.deepcopy(base)
     with torch.no_grad():
@@ -317,6 +326,7 @@ def test_a_transformers_model_takes_no_folder(tmp_path):
         sft(dense("llama"), EXAMPLES, LESSON, "x", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_seeds_differ_and_one_seed_repeats(base, tmp_path):
     models = []
     for n, seed in enumerate((0, 0, 1)):
@@ -327,6 +337,7 @@ def test_two_seeds_differ_and_one_seed_repeats(base, tmp_path):
     assert changed(models[0], models[2])
 
 
+@pytest.mark.slow
 @WAYS
 def test_a_checkpoint_opens_in_transformers_and_writes_the_same_greedy_text(
     base, kind, tmp_path, ignore_mtp_layers

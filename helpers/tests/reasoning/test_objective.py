@@ -59,6 +59,7 @@ def reachable_rewards():
     return torch.tensor(sorted(sums), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divide_by_std", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_group_that_agrees_has_no_advantage_whatever_it_was_paid(

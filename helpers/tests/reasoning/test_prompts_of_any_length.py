@@ -65,6 +65,7 @@ def greedy(model, prompts):
     return roll_out_prompts(model, prompts, 20, STOP, spoken, generator(), 0.0)
 
 
+@pytest.mark.slow
 @RAGGED
 def test_prompts_of_any_length_are_answered_as_each_alone(kind):
     model = ragged_model(kind)
@@ -92,6 +93,7 @@ def test_prompts_of_any_length_are_answered_as_each_alone(kind):
     assert len(set(together.texts)) > 4
 
 
+@pytest.mark.slow
 @RAGGED
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5, 6, 7], [2, 0, 3], [4, 3], [6, 1]])
 def test_log_probs_of_ragged_answers_and_gradients_are_those_of_each_alone(kind, rows):

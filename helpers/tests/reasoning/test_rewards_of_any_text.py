@@ -103,6 +103,7 @@ def random_words(rng, problem):
     return mutated(rng, words)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_random_and_mutated_texts():
     rng = random.Random(0)
     asked = countdown.problems("test", 500, 0)
@@ -145,6 +146,7 @@ A_TEXT = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(A_TEXT, st.sampled_from([*countdown.problems("dev", 20, 0), ASKED]))
 def test_texts_that_nobody_thought_of(text, problem):
@@ -192,6 +194,7 @@ REWARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEGABYTE)
 def test_a_megabyte_is_no_slow_case(name):
     text = MEGABYTE[name]

@@ -45,6 +45,7 @@ def chosen(logits, tokens):
 # --------------------------------------------------------------------------- rollouts
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_a_rollout_has_the_texts_and_lengths_of_what_was_drawn(kind, temperature):
@@ -80,6 +81,7 @@ def test_a_rollout_has_the_texts_and_lengths_of_what_was_drawn(kind, temperature
         assert cut_off > 0
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_log_probs_are_those_of_the_whole_model_row_by_row(kind, temperature):
@@ -102,6 +104,7 @@ def test_log_probs_are_those_of_the_whole_model_row_by_row(kind, temperature):
     assert not tokens.is_inference()
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_a_rollout_is_drawn_from_its_generator_alone(kind, temperature):
@@ -117,6 +120,7 @@ def test_a_rollout_is_drawn_from_its_generator_alone(kind, temperature):
     assert (other.texts == first.texts) == (temperature == 0)
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_rollout_draws_from_the_models_distribution(kind):
     model = any_model(kind)
@@ -129,6 +133,7 @@ def test_a_rollout_draws_from_the_models_distribution(kind):
     assert len(first.unique()) > 50, "no truncation to the best 50 tokens"
 
 
+@pytest.mark.slow
 @KINDS
 def test_many_are_sampled_in_parts_and_filled_up(kind):
     model = any_model(kind)

@@ -81,6 +81,7 @@ def mean_loss(model):
     return total / count
 
 
+@pytest.mark.slow
 @KINDS
 def test_fine_tuning_learns_the_answers_and_only_them(kind):
     base = any_model(kind)
@@ -93,6 +94,7 @@ def test_fine_tuning_learns_the_answers_and_only_them(kind):
     assert mean_loss(model) < mean_loss(base) - 1
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("by_length", [True, False])
 def test_the_loss_is_the_mean_over_all_tokens_of_the_answers(kind, by_length):
@@ -129,6 +131,7 @@ def test_what_stands_on_padding_reaches_no_loss(base, monkeypatch, filling):
     assert torch.equal(trainer._summed_loss(part), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["v3", "llama with dropout"])
 def test_the_mode_of_the_base_does_not_matter(kind):
     def build():
@@ -140,6 +143,7 @@ def test_the_mode_of_the_base_does_not_matter(kind):
     assert without_seconds(same) == without_seconds(history)
 
 
+@pytest.mark.slow
 def test_the_base_mtp_and_expert_biases_stay_as_they_are(base):
     before = weights_of(base)
     state = torch.random.get_rng_state()
@@ -156,6 +160,7 @@ def test_the_base_mtp_and_expert_biases_stay_as_they_are(base):
     assert changed(before, model.state_dict()) == set(before) - still
 
 
+@pytest.mark.slow
 def test_an_epoch_takes_every_example_once_in_an_order_of_its_own(base, monkeypatch):
     seen = record(
         monkeypatch, module, "token_log_probs", lambda model, tokens, prompt: tokens
@@ -173,6 +178,7 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own(base, monkeypa
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_a_batch_of_all_lengths_in_parts_teaches_what_the_whole_batch_does(base):
     lesson = replace(LESSON, epochs=4, batch_size=100)
     _, whole = sft(base, lessons(60), lesson, "whole")
@@ -181,6 +187,7 @@ def test_a_batch_of_all_lengths_in_parts_teaches_what_the_whole_batch_does(base)
     assert whole["loss"][-1] < whole["loss"][0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_length", [True, False])
 def test_batches_hold_like_lengths_or_all_lengths(base, monkeypatch, by_length):
     """A word weighs the same for all only where every batch mixes the lengths."""
@@ -199,6 +206,7 @@ def test_batches_hold_like_lengths_or_all_lengths(base, monkeypatch, by_length):
     assert (sorted(shorts) == [0, 0, 10, 10]) == by_length
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_fine_tuning_falls_to_a_tenth(base, monkeypatch):
     rates = record(
         monkeypatch,
@@ -213,6 +221,7 @@ def test_the_learning_rate_of_fine_tuning_falls_to_a_tenth(base, monkeypatch):
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.slow
 def test_fine_tuning_can_teach_a_text_by_heart():
     """The whole way round: what is learnt is what is sampled."""
     lesson = SFT(epochs=150, batch_size=2, lr=1e-2)
@@ -221,12 +230,14 @@ def test_fine_tuning_can_teach_a_text_by_heart():
     assert answers.texts == [answer for _, answer in EXAMPLES[:2]]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(base):
     lesson = replace(LESSON, epochs=8, lr=1e30)
     with pytest.raises(TrainingDiverged, match=r"at step \d+;.*lower lr"):
         sft(base, EXAMPLES, lesson, "diverged")
 
 
+@pytest.mark.slow
 @DENSE
 def test_a_student_saved_by_transformers_opens_as_before(kind, tmp_path):
     model, _ = sft(dense(kind), EXAMPLES, LESSON, "student")

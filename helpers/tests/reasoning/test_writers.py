@@ -129,6 +129,7 @@ def test_a_search_without_a_candidate_says_so():
         writers.search(problem, random.Random(0), operators="*")
 
 
+@pytest.mark.slow
 def test_tries_switch_and_give_up_at_their_rates():
     rng = random.Random(0)
     tries = 0
@@ -241,6 +242,7 @@ def check_share(rows, of, p):
     assert abs(found - p) < 4 * error, (found, p, len(rows))
 
 
+@pytest.mark.slow
 def test_the_writers_write_the_shares_that_they_say(documents):
     answers = [d for d in documents if d["kind"] != "fact"]
     check_share(documents, lambda d: d["kind"] == "fact", 0.12)
@@ -250,6 +252,7 @@ def test_the_writers_write_the_shares_that_they_say(documents):
     check_share(one_try, lambda d: d["said"] != d["asked"], 0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "language, verify, give_up", [("en", 0.45, 0.25), ("es", 0.35, 0.28)]
 )
@@ -264,6 +267,7 @@ def test_each_language_has_its_habits(documents, language, verify, give_up):
     assert abs(gave_up - give_up) < 4 * math.sqrt(give_up * (1 - give_up) / wrong)
 
 
+@pytest.mark.slow
 def test_verifying_pays_in_the_corpus(documents):
     answers = [d for d in documents if d["kind"] != "fact"]
     verified = [d["right"] for d in answers if d["kind"] == "verify"]
@@ -271,12 +275,14 @@ def test_verifying_pays_in_the_corpus(documents):
     assert sum(verified) / len(verified) > 2 * sum(others) / len(others) > 0
 
 
+@pytest.mark.slow
 def test_half_of_the_facts_are_drawn_right(documents):
     """The other half is drawn like a try, which can be right by chance."""
     facts = [d for d in documents if d["kind"] == "fact"]
     assert 0.5 < sum(d["right"] for d in facts) / len(facts) < 0.7
 
 
+@pytest.mark.slow
 def test_the_corpus_asks_nothing_of_the_other_splits(documents):
     assert {d["digits"] for d in documents} <= set(countdown.tuples("train"))
 
@@ -448,6 +454,7 @@ print(json.dumps([corpus.hash, prompts]))
 """
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_draws_the_same():
     out = subprocess.run(
         [sys.executable, "-c", CODE],

@@ -171,6 +171,7 @@ some_text = st.text(max_size=80)
 hard_text = st.text("\n\r\t\x0c\u2028 \ufeffa_1é<|end|>漢\u0301", max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(some_text | hard_text)
 def test_tokenizer_is_lossless(stdlib, text):
@@ -261,6 +262,7 @@ def same(a, b):
     return a.hash == b.hash and tokens_agree and texts_agree
 
 
+@pytest.mark.slow
 def test_cache_is_read_again_and_a_damaged_one_rebuilt(tmp_path, monkeypatch):
     folder = write_texts(tmp_path / "texts")
     first = corpus.load(folder, 300)

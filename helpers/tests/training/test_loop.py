@@ -89,6 +89,7 @@ def test_interrupted_from_a_shell_it_says_how_to_go_on_and_ends_with_the_same_bi
 # ------------------------------------------------------------ stopped, in this process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [None, "run"])
 def test_interrupted_the_step_is_finished_and_the_same_call_goes_on(
     corpus, tmp_path, monkeypatch, folder
@@ -122,6 +123,7 @@ def interrupt_twice():
     _thread.interrupt_main()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_in_the_midst_of_a_step_with_a_message_too(
     corpus, tmp_path, monkeypatch
 ):
@@ -174,6 +176,7 @@ def test_jupyter_shows_the_message_of_an_interrupt_and_no_traceback(texts, tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_cut_off_in_the_midst_of_a_step_the_same_model_goes_on_to_the_same_bits(
     corpus, tmp_path, monkeypatch
 ):
@@ -197,6 +200,7 @@ def test_cut_off_in_the_midst_of_a_step_the_same_model_goes_on_to_the_same_bits(
     Bits(tmp_path / "cut").must_be(Bits(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_read_and_not_trained(corpus, tmp_path, monkeypatch):
     first = pretrain.train(new_model(), corpus, SETTINGS, tmp_path / "run")
     before = newest(tmp_path / "run")
@@ -209,6 +213,7 @@ def test_a_finished_run_is_read_and_not_trained(corpus, tmp_path, monkeypatch):
     Bits(tmp_path / "run").must_be(Bits(tmp_path / "run", model))
 
 
+@pytest.mark.slow
 def test_another_config_corpus_or_settings_in_the_folder_is_named(
     corpus, tmp_path, texts
 ):
@@ -233,6 +238,7 @@ def test_save_every_is_a_count(corpus, tmp_path):
         pretrain.train(new_model(), corpus, SETTINGS, tmp_path / "run", save_every=0)
 
 
+@pytest.mark.slow
 def test_a_run_in_the_working_directory_and_one_reached_by_a_link(
     corpus, tmp_path, monkeypatch
 ):
@@ -251,6 +257,7 @@ def test_a_run_in_the_working_directory_and_one_reached_by_a_link(
 # -------------------------------------------------------------------------- divergence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every", [1, 2, 100])
 def test_a_loss_that_is_not_finite_stops_with_advice_and_the_last_good_checkpoint(
     corpus, tmp_path, save_every
@@ -272,6 +279,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_the_last_good_checkpoin
     assert math.isfinite(pretrain.evaluate(model, corpus.valid_batch(3, 17)))
 
 
+@pytest.mark.slow
 def test_weights_spoilt_in_the_midst_of_a_run_are_not_saved_over_the_good_ones(
     corpus, tmp_path, monkeypatch
 ):
@@ -292,6 +300,7 @@ def test_weights_spoilt_in_the_midst_of_a_run_are_not_saved_over_the_good_ones(
     Bits(tmp_path / "run", good).must_be(Bits(tmp_path / "whole", whole))
 
 
+@pytest.mark.slow
 def test_a_last_step_that_spoils_the_model_is_noticed(corpus, tmp_path, monkeypatch):
     model = new_model()
     clip = torch.nn.utils.clip_grad_norm_

@@ -196,6 +196,7 @@ def test_rows_that_do_not_divide_are_named():
         world.rows(tokens[:3], "batch_size")
 
 
+@pytest.mark.slow
 def test_the_environment_of_torchrun_is_read_when_it_is_asked_for():
     """What was read at import would hold for the whole life of a notebook's kernel."""
     code = (

@@ -54,6 +54,7 @@ def test_the_learning_rate_follows_the_papers_proportions():
     assert learning_rate(0, Settings(warmup_steps=0)) == Settings().lr
 
 
+@pytest.mark.slow
 def test_the_bias_moves_by_gamma_until_the_cosine_ends(corpus):
     settings = replace(SETTINGS, steps=60, valid_every=1)
     history = pretrain.train(new_model(), corpus, settings)
@@ -68,6 +69,7 @@ def test_the_bias_moves_by_gamma_until_the_cosine_ends(corpus):
     assert not torch.equal(bias[58], bias[57])
 
 
+@pytest.mark.slow
 def test_the_mtp_weight_changes_where_the_constant_phase_ends(corpus):
     # the steps before 6 * 10 / 14.8 = 4.05, so the first five
     settings = replace(SETTINGS, steps=6, warmup_steps=0, valid_every=1)
@@ -175,6 +177,7 @@ def test_the_history_has_an_entry_per_step_and_snapshots(corpus):
     assert history["valid_loss"][-1] == expected
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_on_a_small_text(corpus):
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
@@ -208,6 +211,7 @@ def test_only_an_fp8_run_keeps_its_moments_as_bf16_numbers(corpus):
         assert rounded == (recipe is not None)
 
 
+@pytest.mark.slow
 def test_run_caches_under_the_home_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("V3LAB_HOME", str(tmp_path))
     state = torch.random.get_rng_state()
@@ -331,6 +335,7 @@ def test_the_command_line_has_a_flag_with_help_for_every_setting(ask):
         assert field.metadata["help"].split()[-1] in help_text
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_ends_in_one_line(ask, words, tmp_path):
     out = tmp_path / "run"
     code, printed, _ = ask("--out", out, *words, "--lr", "1e-3", "--save-every", 1)

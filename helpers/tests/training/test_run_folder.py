@@ -40,6 +40,7 @@ def provenance_of(history):
 # ------------------------------------------------------------------ made by other code
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_code_and_the_losses_of_its_first_three_steps(corpus):
     history = pretrain.train(new_model(), corpus, SETTINGS)
     made = provenance_of(history)
@@ -53,6 +54,7 @@ def test_a_run_keeps_its_code_and_the_losses_of_its_first_three_steps(corpus):
     assert len(provenance_of(short).witness) == 2
 
 
+@pytest.mark.slow
 def test_other_code_with_the_same_numbers_reuses_a_finished_run(
     corpus, tmp_path, monkeypatch, capsys
 ):
@@ -82,6 +84,7 @@ def stop_at(corpus, monkeypatch, step, folder):
             pretrain.train(new_model(), corpus, SETTINGS, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1, 6])
 def test_other_code_goes_on_with_a_half_finished_run_to_the_same_bits(
     corpus, tmp_path, monkeypatch, stopped
@@ -115,6 +118,7 @@ LOSSES = pretrain.losses
 OTHER_RULES = {"descend": without_clipping, "losses": nan_losses}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_RULES)
 def test_a_changed_learning_rule_moves_the_run_aside_and_trains_anew(
     corpus, tmp_path, monkeypatch, capsys, name
@@ -143,6 +147,7 @@ def test_a_changed_learning_rule_moves_the_run_aside_and_trains_anew(
     Bits(tmp_path / "run.stale-1").must_be(before)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_edition_is_stale_and_the_next_one_has_the_next_number(
     corpus, tmp_path, capsys
 ):
@@ -191,6 +196,7 @@ def trained(corpus, folder, model):
     train_in_steps(trainer, lambda step: 1e-3, plan)
 
 
+@pytest.mark.slow
 def test_the_comparison_leaves_no_trace_in_what_the_trainer_keeps(
     corpus, tmp_path, monkeypatch
 ):
@@ -209,6 +215,7 @@ def test_the_comparison_leaves_no_trace_in_what_the_trainer_keeps(
     found.must_be(expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_anew_keeps_nothing_of_the_comparison(
     corpus, tmp_path, monkeypatch
 ):
@@ -301,6 +308,7 @@ def test_the_second_program_waits_and_says_so(shell, corpus, tmp_path):
     assert errors.splitlines()[-1] == "stopped before the first step"
 
 
+@pytest.mark.slow
 def test_the_lock_is_free_after_an_error_an_interrupt_and_the_end(
     corpus, tmp_path, monkeypatch
 ):

@@ -90,6 +90,7 @@ plain = st.recursive(
 part_names = st.from_regex(r"[a-z_]+", fullmatch=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.dictionaries(part_names, plain, max_size=4), st.randoms())
 def test_key_does_not_depend_on_the_order_of_parts(parts, random):
@@ -326,6 +327,7 @@ def test_moving_a_line_between_modules_counts(tree):
     assert pretrain_hash(tree) != before
 
 
+@pytest.mark.slow
 def test_code_hash_is_twelve_digits_and_imports_nothing(tree):
     rewrite(tree, "v3/rope", "SCALE = 2\n", "SCALE = 2\nraise SystemExit\n")
     digits = pretrain_hash(tree)

@@ -81,6 +81,7 @@ def files(whole, tmp_path):
 # --- written and read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 2_000_000_000])
 def test_saved_and_loaded_again_every_bit_is_the_same(depth, shard_bytes, tmp_path):
@@ -198,6 +199,7 @@ def test_what_transformers_saves_loads_without_mtp(shards, tmp_path):
         assert torch.allclose(loaded(tokens), theirs(tokens).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [20_000, 2_000_000_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_reads_ours_in_either_precision(
@@ -261,6 +263,7 @@ def break_shard(folder, change):
     save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -307,6 +310,7 @@ def test_a_tensor_in_two_shards_is_said_to_be_in_two(files):
         checkpoint.load(files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_router_bias_that_is_no_number_is_refused(files, value, dtype):
@@ -353,6 +357,7 @@ def test_an_mtp_copy_must_equal_its_source_and_may_be_absent(
     assert same(checkpoint.load(files), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, problem",
     [
@@ -426,6 +431,7 @@ def test_a_missing_shard_is_named(files):
         checkpoint.load(files)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_file_cut_anywhere_is_named(whole, tmp_path_factory, data):

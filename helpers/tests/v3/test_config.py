@@ -68,6 +68,7 @@ def test_every_field_has_a_kind():
     assert get_args(KINDS["rope_theta"]) == (float, Range(1, above=True))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(WRONG)).flatmap(
         lambda name: st.tuples(st.just(name), WRONG[name])
@@ -308,6 +309,7 @@ def test_fields_that_change_nothing_are_passed_over():
 # --- the files of DeepSeek's inference code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [NATIVE_671B, NATIVE_V31])
 def test_the_native_671b_file_is_the_671b_model(native):
     config = V3Config.from_hf(native)
@@ -394,6 +396,7 @@ def numbers(config: V3Config) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_kimi_k2_loads_with_its_published_number_of_parameters():
     config = V3Config.from_hf(KIMI_K2)
     assert (config.n_routed_experts, config.n_group) == (384, 1)

@@ -141,6 +141,7 @@ def by_hand(x, block, fmt, pow2=False):
     return out, scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(3, 5), (130, 1), (1, 300), (128, 256), (200, 257), (0, 4), (4, 0)]
 )
@@ -183,6 +184,7 @@ tensors = st.integers(1, 9).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(
     tensors,
     st.sampled_from([*BLOCKS, (3, 2), (1, 4)]),
@@ -467,6 +469,7 @@ def test_without_a_recipe_and_with_float32_everything_is_the_same():
         assert torch.allclose(ga[name], gb[name], atol=1e-6, rtol=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [Recipe(), PER_TENSOR, BF16], ids=["V3", "per tensor", "bf16"]
 )
@@ -510,6 +513,7 @@ def corpus(tmp_path_factory):
     return text.load(write_texts(tmp_path_factory.mktemp("corpus") / "texts"), 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe(), FLOAT32], ids=["V3", "float32"])
 def test_moments_are_bf16_and_a_stopped_run_ends_in_the_same_bits(
     corpus, tmp_path, recipe
@@ -555,6 +559,7 @@ def test_moments_are_bf16_and_a_stopped_run_ends_in_the_same_bits(
         pretrain.train(build(None, CONFIG), corpus, SETTINGS, tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_run_keeps_each_precision_in_a_folder_of_its_own(corpus, lab_home):
     short = replace(SETTINGS, steps=1, seed=11)
     found = [
@@ -598,6 +603,7 @@ def tiny(**changes):
     return V3Config.tiny(**(sizes | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [small(), tiny(kv_lora_rank=96, qk_rope_head_dim=34, moe_intermediate_size=130)],
@@ -703,6 +709,7 @@ def files(tmp_path):
     return checkpoint.save(draw(small(num_hidden_layers=2)), tmp_path, in_fp8=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

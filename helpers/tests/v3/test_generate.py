@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "same_random_numbers")
 # --- generation
 
 
+@pytest.mark.slow
 def test_greedy_rows_of_a_batch_are_those_written_alone_and_by_the_full_forward():
     config = small()
     model, prompts = draw(config), ids(config, 5, 6)
@@ -195,6 +196,7 @@ def toy_model():
     return model.eval()
 
 
+@pytest.mark.slow
 def test_drafting_writes_and_accepts_what_transformers_does(
     toy_model, tmp_path, ignore_mtp_layers
 ):
@@ -228,6 +230,7 @@ def test_drafting_writes_and_accepts_what_transformers_does(
     assert 0 < counts[0] < counts[1]
 
 
+@pytest.mark.slow
 def test_swapped_halves_of_eh_proj_lose_accepted_drafts_but_not_the_text(
     toy_model, monkeypatch
 ):
@@ -243,6 +246,7 @@ def test_swapped_halves_of_eh_proj_lose_accepted_drafts_but_not_the_text(
     )
 
 
+@pytest.mark.slow
 def test_drafting_stops_at_the_first_eos_and_at_the_asked_length(toy_model):
     prompt = toy_text(1, 8, torch.Generator().manual_seed(1))
     whole = generate(toy_model, prompt, 30)
@@ -259,6 +263,7 @@ def test_drafting_stops_at_the_first_eos_and_at_the_asked_length(toy_model):
 # --- prompts of different lengths, small integers, numbers that are none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eos", [None, 3])
 def test_left_padded_prompts_are_continued_as_if_alone(eos):
     config = small(vocab_size=7)

@@ -350,6 +350,7 @@ def test_two_processes_save_into_one_folder_and_latest_is_always_whole(tmp_path)
     assert process.returncode == 0, errors[-2000:]
 
 
+@pytest.mark.slow
 def test_a_save_waits_while_another_one_switches_latest(tmp_path, model, monkeypatch):
     """Else it would remove, as older, what the other is about to point to."""
     point_latest_to = latest._point_latest_to

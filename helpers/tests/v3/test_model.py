@@ -95,6 +95,7 @@ def numbers_of(c):
     return whole, mtp, whole + mtp + ends + (moe_layers + 1) * E
 
 
+@pytest.mark.slow
 def test_the_671b_model_has_the_published_number_of_parameters():
     with torch.device("meta"):
         model = DeepSeekV3(V3Config.from_hf(V3_CONFIG))
@@ -160,6 +161,7 @@ def valid_configs(draw_):
     )
 
 
+@pytest.mark.slow
 @given(valid_configs())
 @settings(max_examples=40, deadline=None)
 def test_a_valid_config_builds_trains_and_writes(config):

@@ -34,6 +34,7 @@ def test_the_random_configs_hold_every_choice():
     assert len({str(c.rope_scaling) for c in configs}) == 1 + len(MSCALES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
 def test_logits_equal_transformers_in_prefill_and_step_by_step(

@@ -44,6 +44,7 @@ BETAS = st.tuples(*(st.none() | st.floats(0.01, 200),) * 2).map(
 )
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 64),
     st.floats(1.01, 1e7),
