@@ -182,6 +182,16 @@ class GRPOTrainer:
         self.seen = [self.backward(self.batch.mini_batches[0])]
         return self.seen[0].loss
 
+    def witness(self) -> float:
+        """The mean reward plus the mean surprise (-log p) of a token drawn.
+
+        The loss will not do: before the first update the ratios are 1 and advantages
+        sum to 0, so that it is nothing but rounding.
+        """
+        answers = self.batch.answers
+        surprise = -answers.log_probs.sum() / answers.lengths.sum()
+        return self.batch.rewards.mean().item() + surprise.item()
+
     def update(self, step: int) -> dict[str, Any]:
         """Descend, once for each mini-batch; -> what the history keeps of the step."""
         watched = []

@@ -97,6 +97,10 @@ class SFTTrainer:
             self.loss += loss.item()
         return self.loss
 
+    def witness(self) -> float:
+        """The loss of the batch."""
+        return self.loss
+
     def update(self, step: int) -> dict[str, Any]:
         """Optimizer step; -> what the history keeps."""
         descend(self.model, self.optimizer, self.settings.grad_clip)

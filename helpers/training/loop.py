@@ -81,6 +81,12 @@ class Trainer(Protocol):
     def gradients(self, step: int) -> float:
         """Put the gradients of `step` in place, leave the weights; -> its loss."""
 
+    def witness(self) -> float:
+        """Of the step whose gradients are in place: a number that shows other code.
+
+        Its loss, where that is more than rounding noise.
+        """
+
     def update(self, step: int) -> dict[str, Any]:
         """Change the weights. -> what the history keeps of the step, by name."""
 
@@ -119,8 +125,9 @@ def train_in_steps(
 
     The model must be as it was drawn, or where an earlier call for this folder left it.
     -> the history: for each name that `update` returns a list with an entry a step;
-    "seconds"; "provenance", the code and the first losses. A second program that trains
-    the same run waits. A run of other code, which gives other numbers, is moved aside.
+    "seconds"; "provenance", the code and the first witnesses. A second program that
+    trains the same run waits. A run of other code, which gives other numbers, is moved
+    aside.
     Ctrl-C or Jupyter's stop ends after the step at hand, saves, and raises `Stopped`; a
     second one ends at once. Raises TrainingDiverged for a loss that is not finite,
     ValueError for a folder of another run.
@@ -159,11 +166,12 @@ def _do_steps(run: "_Run") -> None:
             run.set_rate(step)
             loss = trainer.gradients(step)
             must_be_finite(loss)
+            witness = trainer.witness()
             # only now is it known that the step before left good weights
             if step % plan.save_every == 0:
                 run.save()
             kept = trainer.update(step)
-            run.count(loss, kept)
+            run.count(witness, kept)
             clock.add_to(run.history)
             bar.update()
             bar.set_postfix(_shown(run.history), refresh=False)
@@ -248,7 +256,7 @@ class _Run:
         made = runs.Provenance(**kept)
         now = runs.Provenance(code, [])
         if code not in (made.code, made.compared):
-            now = runs.Provenance(code, self._first_losses(len(made.witness)))
+            now = runs.Provenance(code, self._witness_of(len(made.witness)))
         if made.verdict(now) == "stale":
             self.folder.move_aside()
             return
@@ -287,39 +295,39 @@ class _Run:
                     f"{part}: go on with that one, or choose another folder"
                 )
 
-    def _first_losses(self, steps: int) -> list[float]:
-        """The losses of the first steps, done anew; then all is as it was before."""
+    def _witness_of(self, steps: int) -> list[float]:
+        """The witness of the first steps, done anew; then all is as it was before."""
         model = self.trainer.model
         optimizer = self.trainer.optimizer
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         kept = {name: x.clone() for name, x in self.plan.keep.items()}
-        losses = []
+        seen = []
         try:
             for step in range(steps):
                 self.set_rate(step)
-                losses.append(self.trainer.gradients(step))
-                must_be_finite(losses[-1])
+                must_be_finite(self.trainer.gradients(step))
+                seen.append(self.trainer.witness())
                 if step + 1 < steps:
                     self.trainer.update(step)
         except LossNotFinite:
-            losses.append(math.nan)
+            seen.append(math.nan)
         model.load_state_dict(weights)
         optimizer.state.clear()
         optimizer.zero_grad(set_to_none=True)
         for name, tensor in kept.items():
             self.plan.keep[name].copy_(tensor)
-        return losses
+        return seen
 
     def set_rate(self, step: int) -> None:
         """Change the optimizer's learning rate to that of `step`."""
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.rate(step)
 
-    def count(self, loss: float, kept: dict[str, Any]) -> None:
+    def count(self, witness: float, kept: dict[str, Any]) -> None:
         """Change the history: one more step is done, with what is kept of it."""
-        witness = self.history["provenance"]["witness"]
-        if len(witness) < runs.WITNESS_STEPS:
-            witness.append(loss)
+        witnesses = self.history["provenance"]["witness"]
+        if len(witnesses) < runs.WITNESS_STEPS:
+            witnesses.append(witness)
         for name, value in kept.items():
             self.history.setdefault(name, []).append(value)
         self.done += 1

@@ -205,6 +205,10 @@ class Pretrainer:
         self.means = self.world.mean(loss.item(), main.item(), mtp.item())
         return self.means[0]
 
+    def witness(self) -> float:
+        """The loss of the batch."""
+        return self.means[0]
+
     def update(self, step: int) -> dict[str, Any]:
         """Optimizer step and bias update; -> what the history keeps."""
         settings = self.settings

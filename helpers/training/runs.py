@@ -121,10 +121,11 @@ def code_hash(module: str, root: Path = REPOSITORY) -> str:
 class Provenance:
     """The code that made a run, and what the run looked like at its start.
 
-    code: `code_hash` of the module that trains. witness: the losses of the first
-    `WITNESS_STEPS` steps; fewer only where the run has fewer. compared: the code that
-    the witness was last compared with and agreed; "" before. A run's state keeps them
-    as `dataclasses.asdict(provenance)`; `Provenance(**kept)` is the way back.
+    code: `code_hash` of the module that trains. witness: what `Trainer.witness` gave in
+    the first `WITNESS_STEPS` steps (mostly their losses); fewer only where the run has
+    fewer. compared: the code that the witness was last compared with and agreed; ""
+    before. A run's state keeps them as `dataclasses.asdict(provenance)`;
+    `Provenance(**kept)` is the way back.
     """
 
     code: str

@@ -239,3 +239,20 @@ def test_with_a_reference_groups_that_agree_are_held_near_it(base, monkeypatch):
     seen = part_losses(monkeypatch)
     grpo(base, replace(SETTINGS, steps=1, updates=1, kl=0.1), "held")
     assert sum(len(rows) for _, rows, _, _ in seen) == 16
+
+
+def test_the_witness_of_a_run_is_more_than_rounding(base):
+    def witness(model):
+        trainer = GRPOTrainer(copy.deepcopy(model), SETTINGS)
+        loss = trainer.gradients(0)
+        return loss, trainer.witness()
+
+    loss, first = witness(base)
+    assert abs(loss) < 1e-6  # so the loss would tell nothing
+    assert first > 0.1
+    assert witness(base)[1] == first
+
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    assert witness(other)[1] != pytest.approx(first, rel=1e-5)
