@@ -6,6 +6,7 @@ dv = v_head_dim.
 """
 
 from helpers.v3.config import V3Config
+from helpers.v3.norm import RMSNorm
 from helpers.v3.rope import rope_frequencies, rotate
 
 import torch
@@ -92,10 +93,10 @@ class MLA(nn.Module):
         else:
             self.q_a_proj = nn.Linear(H, config.q_lora_rank, bias=False)
             # the published code fixes eps to 1e-6 for both latents
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, h * (dn + dr), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(H, c + dr, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(c, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(c, eps=1e-6)
         self.kv_b_proj = nn.Linear(c, h * (dn + dv), bias=False)
         self.o_proj = nn.Linear(h * dv, H, bias=False)
         self.softmax_scale = rope_frequencies(config)[2]

@@ -8,6 +8,7 @@ from helpers.checks import need
 from helpers.v3.attention import MLA, LatentCache
 from helpers.v3.config import V3Config
 from helpers.v3.experts import MLP, Float32Buffers, MoE, Router, Routing
+from helpers.v3.norm import RMSNorm
 from helpers.v3.rope import rope_frequencies
 
 import torch
@@ -23,9 +24,9 @@ class Block(nn.Module):
     def __init__(self, config: V3Config, dense: bool) -> None:
         super().__init__()
         H = config.hidden_size
-        self.input_layernorm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(H, eps=config.rms_norm_eps)
         self.self_attn = MLA(config)
-        self.post_attention_layernorm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(H, eps=config.rms_norm_eps)
         self.mlp: MLP | MoE
         if dense:
             self.mlp = MLP(H, config.intermediate_size)
@@ -59,12 +60,12 @@ class MTP(nn.Module):
     def __init__(self, config: V3Config) -> None:
         super().__init__()
         H = config.hidden_size
-        self.enorm = nn.RMSNorm(H, eps=config.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.enorm = RMSNorm(H, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(H, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * H, H, bias=False)
         self.block = Block(config, dense=False)
         # `shared_head.norm` in the published files
-        self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(H, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -97,7 +98,7 @@ class DeepSeekV3(Float32Buffers):
             Block(config, dense=n < config.first_k_dense_replace)
             for n in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(H, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(H, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
             MTP(config) for _ in range(config.num_nextn_predict_layers)
