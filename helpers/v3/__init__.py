@@ -1,13 +1,16 @@
 """DeepSeek-V3 itself, to be read beside the technical report (arXiv:2412.19437).
 
-config       the hyper-parameters, under the names of the published config.json
+config       the hyper-parameters, under the names of the published config.json;
+             `published` and `native` read the files of Hugging Face and of DeepSeek
 rope         positions: RoPE and YaRN
+norm         RMSNorm, with a fast gradient
 attention    multi-head latent attention and its cache
 experts      router, experts, the plain loop over experts; `grouped` is their fast path
 model        blocks, multi-token prediction, the whole model
-generate     sampling, decoding, drafting with MTP
+generate     sampling, decoding, drafting with MTP; `fast_decode` is its fast path
 fp8          the FP8 recipe: `convert(model, recipe)` swaps modules
-checkpoint   files in the published layout
+checkpoint   files in the published layout; `state_dict` has the published names,
+             `tensor_files` and `latest` read and replace files safely
 
 Imports from `helpers.checks` and `helpers.evidence.facts` only.
 """

@@ -209,7 +209,7 @@ class MLA(nn.Module):
         """
         B, T, h, _ = q_nope.shape
         c = self.config.kv_lora_rank
-        w_uk, w_uv = self._up_projections()
+        w_uk, w_uv = self.up_projections()
 
         # a matrix product a head: [h, B*T, dn] times [h, dn, c]
         by_head = q_nope.reshape(B * T, h, -1).transpose(0, 1)
@@ -238,7 +238,7 @@ class MLA(nn.Module):
         """The matrix of kv_b_proj as it multiplies: [h * (dn + dv), c]."""
         return self.kv_b_proj.weight
 
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
+    def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [h, dn, c] and W_UV [h, dv, c], the two parts of kv_b_proj."""
         config = self.config
         by_head = self.up_weight().view(

@@ -4,11 +4,12 @@ Shapes: B sequences, T tokens of the prompts, V vocab_size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from helpers.checks import need
+from helpers.v3 import fast_decode
 from helpers.v3.attention import LatentCache
 from helpers.v3.model import DeepSeekV3, check_input_ids
 
@@ -79,6 +80,7 @@ def decode(
     cache = LatentCache(
         model.config, len(model.layers), B, length, model.lm_head.weight, pad
     )
+    read = _reader(model, cache, length)
     rows = torch.arange(B, device=input_ids.device)
     open_rows = torch.ones_like(rows, dtype=torch.bool)
     logits = model.lm_head(model.hidden(input_ids, cache)[:, -1])
@@ -100,7 +102,17 @@ def decode(
                 open_rows = open_rows[alive]
                 cache.keep(alive)
         if n + 1 < max_new_tokens:
-            logits = model.lm_head(model.hidden(tokens.unsqueeze(1), cache)[:, -1])
+            logits = read(tokens)
+
+
+def _reader(
+    model: DeepSeekV3, cache: LatentCache, length: int
+) -> Callable[[Tensor], Tensor]:
+    """A function from the next tokens [b] to logits [b, V]; the cache grows by them."""
+    if fast_decode.fits(model):
+        decoder = fast_decode.Decoder(model, length)
+        return lambda tokens: decoder.read(tokens, cache)
+    return lambda tokens: model(tokens.unsqueeze(1), cache)[:, -1]
 
 
 def generate(

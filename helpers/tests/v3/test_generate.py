@@ -28,7 +28,7 @@ def test_greedy_rows_of_a_batch_are_those_written_alone_and_by_the_full_forward(
     assert torch.equal(together, text)
 
 
-def test_rows_that_wrote_eos_leave_the_batch_and_are_filled_with_it(monkeypatch):
+def test_rows_that_wrote_eos_leave_the_batch_and_are_filled_with_it():
     config = small(vocab_size=7)
     model, prompts = draw(config), ids(config, 8, 4)
     free = generate(model, prompts, 20)
@@ -38,11 +38,8 @@ def test_rows_that_wrote_eos_leave_the_batch_and_are_filled_with_it(monkeypatch)
         if len(found := (row[4:] == eos).nonzero()):
             row[4 + found[0, 0] :] = eos
     done = (expected[:, 4:] == eos).any(dim=1)
-    sizes = []
-    hidden = model.hidden
-    monkeypatch.setattr(
-        model, "hidden", lambda x, cache=None: sizes.append(len(x)) or hidden(x, cache)
-    )
+    steps = decode(model, prompts, 20, eos_token_id=eos)
+    sizes = [len(step.rows) for step in steps]
     out = generate(model, prompts, 20, eos_token_id=eos)
     assert done.any() and torch.equal(out, expected[:, : out.shape[1]])
     assert out.shape[1] == 24 or done.all()
