@@ -19,6 +19,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
 
 
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms [..., H] and 1 / rms [..., 1]."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = (length.square() / x.shape[-1] + eps).rsqrt()
+    return x * inverse, inverse
+
+
 class NormFunction(torch.autograd.Function):
     """Keeps the normalised rows and 1 / rms, all that the gradient needs.
 
@@ -29,9 +36,7 @@ class NormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = (length.square() / x.shape[-1] + eps).rsqrt()
-        normed = x * inverse
+        normed, inverse = _normalise(x, eps)
         ctx.save_for_backward(normed, inverse, weight)
         return normed * weight
 
@@ -55,7 +60,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        learns = torch.is_grad_enabled() and x.device.type == "cpu"
-        if learns and x.dtype == self.weight.dtype == torch.float32:
+        single = x.dtype == self.weight.dtype == torch.float32
+        if not single or x.device.type != "cpu":
+            return super().forward(x)
+        if torch.is_grad_enabled():
             return NormFunction.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        # the same bits without a gradient
+        return _normalise(x, self.eps)[0] * self.weight

@@ -1,5 +1,7 @@
 """RMSNorm with a gradient by hand, beside the code to read and torch's own."""
 
+from helpers.tests.builders import draw
+from helpers.v3 import V3Config
 from helpers.v3.norm import NormFunction, RMSNorm, rms_norm
 
 import pytest
@@ -53,10 +55,17 @@ def test_the_gradient_is_exact_in_a_slice_and_by_finite_differences():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_and_sampling_take_torchs_own(dtype):
-    norm = norm_of(8)
-    x = torch.randn(4, 8)
+def test_other_dtypes_take_torchs_own(dtype):
+    norm = norm_of(8).to(dtype)
+    x = torch.randn(4, 8, dtype=dtype)
+    assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
+
+
+def test_a_model_says_the_same_to_the_bit_with_and_without_gradients():
+    model = draw(V3Config.tiny()).eval()
+    ids = torch.randint(1, 2048, (4, 33))
+    with_gradients = model(ids)
     with torch.no_grad():
-        assert torch.equal(norm(x), nn.RMSNorm.forward(norm, x))
-    norm = norm.to(dtype)
-    assert torch.equal(norm(x.to(dtype)), nn.RMSNorm.forward(norm, x.to(dtype)))
+        assert torch.equal(model(ids), with_gradients)
+    with torch.inference_mode():
+        assert torch.equal(model(ids), with_gradients)
