@@ -57,6 +57,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps=eps)
+        self.epsilon = eps  # torch's own may be None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
@@ -64,6 +65,6 @@ class RMSNorm(nn.RMSNorm):
         if not single or x.device.type != "cpu":
             return super().forward(x)
         if torch.is_grad_enabled():
-            return NormFunction.apply(x, self.weight, self.eps)
+            return NormFunction.apply(x, self.weight, self.epsilon)
         # the same bits without a gradient
-        return _normalise(x, self.eps)[0] * self.weight
+        return _normalise(x, self.epsilon)[0] * self.weight
