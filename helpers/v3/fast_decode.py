@@ -3,7 +3,7 @@
 `DeepSeekV3.hidden` with a cache is the code to read; here are the same numbers up to
 rounding. One token of a small model spends its time on starting some 60 kernels a
 layer, not on multiplying. So whatever no token changes is multiplied once, when the
-`Decoder` is made, and there are half as many kernels:
+`Decoder` is made, and fewer kernels are left:
 
 - W_UK goes into the queries' up-projection and W_UV into the output projection
   (absorbed, V3 section 2.1.1): a head asks with c + dr numbers and is answered with c;
@@ -75,11 +75,12 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if isinstance(module, Experts) and module.products is not PLAIN_PRODUCTS:
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    patched = "forward" in vars(module) or "hidden" in vars(module)
+    return not (patched or module._forward_hooks or module._forward_pre_hooks)
 
 
 class Attention(NamedTuple):
-    """MLA's weights as decoding multiplies them, and the two widths that it needs."""
+    """MLA's weights as decoding multiplies them."""
 
     down: Tensor  # [r + c + dr, H] behind the block's first norm; no r where r = H
     queries: Tensor  # [h * (c + dr), r] behind the norm of the query latent
@@ -141,7 +142,7 @@ class Decoder:
         kv = down[:, -c - dr : -dr]
         k_rope = down[:, -dr:]
         if config.q_lora_rank is not None:
-            x = _unit(down[:, : -c - dr], 1e-6)
+            x = _unit(down[:, : -c - dr], 1e-6)  # MLA's eps for both latents
         q = F.linear(x, weights.queries).view(-1, h, c + dr)
 
         _turn_in_place(q[..., c:], turn)
@@ -169,21 +170,16 @@ class Decoder:
 
     def _route(self, x: Tensor, moe: MoE) -> Tensor:
         """x [B, H] -> what the routed experts make of it [B, H]."""
-        config = self.config
-        router = moe.gate
+        routing = moe.gate(x.unsqueeze(1))
         experts = moe.experts
-        scores = F.linear(x, router.weight)
-        if config.scoring_func == "sigmoid":
-            scores = scores.sigmoid()
-        else:
-            scores = scores.softmax(dim=-1)
-        index = router.select(scores)
-        chosen = scores.gather(-1, index)
-        if config.norm_topk_prob:
-            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
-        chosen = chosen * config.routed_scaling_factor
         run = run_one_token if x.shape[0] == 1 else run_experts
-        return run(x, chosen, index, experts.gate_up_proj, experts.down_proj)
+        return run(
+            x,
+            routing.weights,
+            routing.chosen,
+            experts.gate_up_proj,
+            experts.down_proj,
+        )
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:

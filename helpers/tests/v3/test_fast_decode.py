@@ -93,6 +93,9 @@ def test_what_computes_other_numbers_or_wants_to_be_called_is_left_alone():
     assert not fast_decode.fits(model)
     hook.remove()
     assert fast_decode.fits(model)
+    patched = draw(TINY)
+    patched.hidden = lambda *_: None  # somebody looks on
+    assert not fast_decode.fits(patched)
     assert not fast_decode.fits(draw(TINY).bfloat16())
     assert not fast_decode.fits(draw(TINY.with_(kv_lora_rank=47)))
     rounded = draw(TINY)
