@@ -35,12 +35,19 @@ class Range:
         return beyond_low and number <= self.high
 
     def __str__(self) -> str:
-        lower = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        low = _in_full(self.low)
+        lower = f"above {low}" if self.above else f"of at least {low}"
         if self.high == math.inf:
             return lower
         if self.low == -math.inf:
-            return f"of at most {self.high:g}"
-        return f"{lower} and at most {self.high:g}"
+            return f"of at most {_in_full(self.high)}"
+        return f"{lower} and at most {_in_full(self.high)}"
+
+
+def _in_full(limit: float) -> str:
+    """A limit as a person writes it: 1,234,567 and not 1.23457e+06."""
+    whole = limit == math.floor(limit) if math.isfinite(limit) else False
+    return f"{int(limit):,}" if whole else f"{limit:g}"
 
 
 Count = Annotated[int, Range(1)]

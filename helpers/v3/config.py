@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from helpers.checks import (
-    Count,
     NonNegative,
     Positive,
     Range,
@@ -15,6 +14,11 @@ from helpers.checks import (
     need,
 )
 from helpers.v3.published import read_published
+
+# Far beyond any published model: above it a file is damaged, or not a config at all.
+Size = Annotated[int, Range(1, 10_000_000)]
+Layers = Annotated[int, Range(1, 10_000)]
+Experts = Annotated[int, Range(1, 100_000)]
 
 YARN_NUMBERS = (
     "factor",
@@ -37,29 +41,29 @@ class V3Config:
     field for values that cannot work.
     """
 
-    vocab_size: Count = 129280
-    hidden_size: Count = 7168
-    intermediate_size: Count = 18432  # of a dense feed-forward
-    moe_intermediate_size: Count = 2048  # of one expert
-    num_hidden_layers: Count = 61
-    num_attention_heads: Count = 128
-    n_shared_experts: Whole = 1
-    n_routed_experts: Count = 256
+    vocab_size: Size = 129280
+    hidden_size: Size = 7168
+    intermediate_size: Size = 18432  # of a dense feed-forward
+    moe_intermediate_size: Size = 2048  # of one expert
+    num_hidden_layers: Layers = 61
+    num_attention_heads: Size = 128
+    n_shared_experts: Annotated[int, Range(0, 1000)] = 1
+    n_routed_experts: Experts = 256
     routed_scaling_factor: Positive = 2.5
-    kv_lora_rank: Count = 512
-    q_lora_rank: Count | None = 1536  # None: queries without a latent
-    qk_rope_head_dim: Count = 64
-    v_head_dim: Count = 128
-    qk_nope_head_dim: Count = 128
-    n_group: Count = 8  # groups of experts, one a node
-    topk_group: Count = 4  # groups that a token may go to
-    num_experts_per_tok: Count = 8
+    kv_lora_rank: Size = 512
+    q_lora_rank: Size | None = 1536  # None: queries without a latent
+    qk_rope_head_dim: Size = 64
+    v_head_dim: Size = 128
+    qk_nope_head_dim: Size = 128
+    n_group: Experts = 8  # groups of experts, one a node
+    topk_group: Experts = 4  # groups that a token may go to
+    num_experts_per_tok: Experts = 8
     first_k_dense_replace: Whole = 3  # so many dense layers come first
     norm_topk_prob: bool = True
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     seq_aux: bool = True  # balance within each sequence; False: within the batch
-    num_nextn_predict_layers: Whole = 1  # MTP depths
-    max_position_embeddings: Count = 163840
+    num_nextn_predict_layers: Annotated[int, Range(0, 1000)] = 1  # MTP depths
+    max_position_embeddings: Size = 163840
     initializer_range: Positive = 0.006
     rms_norm_eps: Positive = 1e-6
     rope_theta: Annotated[float, Range(1, above=True)] = 10000.0

@@ -68,6 +68,11 @@ def test_a_setting_that_cannot_work_is_named(change):
         SFT(**change)
 
 
+def test_no_examples_are_refused_before_a_model_is_copied(base):
+    with pytest.raises(InputError, match="examples=.* cannot work: at least one"):
+        sft(base, [], LESSON, "sft")
+
+
 def mean_loss(model):
     """Of all tokens of the answers, their ends included."""
     total = 0.0

@@ -2,7 +2,7 @@
 
 from typing import Any, get_args, get_type_hints
 
-from helpers.checks import Count, Positive, Range, Whole
+from helpers.checks import Positive, Range
 from helpers.evidence.facts import V3_CONFIG, fact
 from helpers.tests.builders import YARN, random_config, small
 from helpers.tests.v3.published_configs import (
@@ -34,8 +34,20 @@ SEEDS = range(24)
 
 
 KINDS = get_type_hints(V3Config, include_extras=True)
-COUNTS = [name for name, kind in KINDS.items() if kind == Count]
-WHOLES = [name for name, kind in KINDS.items() if kind == Whole]
+
+
+def whole_numbers_from(low):
+    """The fields that hold whole numbers of at least `low`."""
+    names = []
+    for name, kind in KINDS.items():
+        whole = get_args(kind)[:1] == (int,)
+        if whole and kind.__metadata__[0].low == low:
+            names.append(name)
+    return names
+
+
+COUNTS = whole_numbers_from(1)
+WHOLES = whole_numbers_from(0)
 FLAGS = [name for name, kind in KINDS.items() if kind is bool]
 NUMBERS = [
     name
@@ -87,6 +99,12 @@ def test_a_field_of_a_wrong_type_or_size_is_named(change):
 def test_a_size_of_zero_is_named(name):
     with pytest.raises(ValueError, match=f"{name}=0 cannot work: .*at least 1"):
         small(**{name: 0})
+
+
+@pytest.mark.parametrize("name", [*COUNTS, "q_lora_rank", "n_shared_experts"])
+def test_a_size_beyond_all_reason_is_named_before_anything_is_built(name):
+    with pytest.raises(ValueError, match=f"{name}=.* cannot work: .* at most [0-9,]+"):
+        V3Config.from_hf({**small().to_hf(), name: 10**15})
 
 
 BAD_YARN: list[dict[str, Any]] = [
