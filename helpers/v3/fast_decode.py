@@ -8,7 +8,9 @@ layer, not on multiplying. So whatever no token changes is multiplied once, when
 - W_UK goes into the queries' up-projection and W_UV into the output projection
   (absorbed, V3 section 2.1.1): a head asks with c + dr numbers and is answered with c;
 - the down-projections of query and latent are one product, as are gate and up;
-- the softmax scale and the weights of the norms before these products go into them.
+- the softmax scale and the weights of the norms before these products go into them;
+- experts are one batched product: each gets as many rows as the busiest one, which is
+  wasted work, and less of it than starting a product for each of them.
 
 Absorbed matrices are larger than their factors in a model of V3's own size; `fits`
 says where they pay.
@@ -21,7 +23,7 @@ from typing import NamedTuple
 
 from helpers.v3.attention import MLA, LatentCache
 from helpers.v3.experts import MLP, Experts, MoE, Router
-from helpers.v3.grouped import PLAIN_PRODUCTS, run_experts, run_one_token
+from helpers.v3.grouped import PLAIN_PRODUCTS
 from helpers.v3.model import MTP, Block, DeepSeekV3
 from helpers.v3.norm import RMSNorm
 
@@ -29,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Numbers in a layer's absorbed queries, up to which they pay.
+# Numbers in a layer's absorbed queries and in its experts' down-projections (which are
+# copied), up to which they pay.
 MOST_ABSORBED = 2**20
+MOST_COPIED = 2**22
 PLAIN_MODULES = (
     DeepSeekV3,
     Block,
@@ -62,7 +66,8 @@ def fits(model: DeepSeekV3) -> bool:
     c = config.kv_lora_rank
     r = config.q_lora_rank or config.hidden_size
     absorbed = config.num_attention_heads * (c + config.qk_rope_head_dim) * r
-    if absorbed > MOST_ABSORBED:
+    copied = config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
+    if absorbed > MOST_ABSORBED or copied > MOST_COPIED:
         return False
     # the pairs that RoPE turns in place must begin at even places
     if c % 2 or r % 2:
@@ -93,7 +98,15 @@ class FeedForward(NamedTuple):
 
     norm: Tensor  # [H]
     dense: tuple[Tensor, Tensor] | None  # [2f, H] and [H, f]; or the shared experts'
-    moe: MoE | None
+    routed: "Routed | None"
+
+
+class Routed(NamedTuple):
+    """The routed experts of a layer, and who chooses among them."""
+
+    gate: Router
+    gate_up: Tensor  # [E, 2f, H]
+    down: Tensor  # [E, f, H]
 
 
 class Decoder:
@@ -164,22 +177,47 @@ class Decoder:
             gate_up, down = weights.dense
             gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
             out = F.linear(F.silu(gate).mul_(up), down)
-        if weights.moe is not None:
-            out = out + self._route(x, weights.moe)
+        if weights.routed is not None:
+            routing = weights.routed.gate(x.unsqueeze(1))
+            run = _run_one if x.shape[0] == 1 else _run_few
+            out = out + run(x, routing.weights, routing.chosen, weights.routed)
         return out
 
-    def _route(self, x: Tensor, moe: MoE) -> Tensor:
-        """x [B, H] -> what the routed experts make of it [B, H]."""
-        routing = moe.gate(x.unsqueeze(1))
-        experts = moe.experts
-        run = run_one_token if x.shape[0] == 1 else run_experts
-        return run(
-            x,
-            routing.weights,
-            routing.chosen,
-            experts.gate_up_proj,
-            experts.down_proj,
-        )
+
+def _run_one(x: Tensor, weights: Tensor, chosen: Tensor, experts: Routed) -> Tensor:
+    """x [1, H], weights and chosen [1, K] -> the sum of its experts' answers [1, H]."""
+    H = x.shape[-1]
+    gate_up = experts.gate_up.index_select(0, chosen[0])
+    gate, up = F.linear(x, gate_up.view(-1, H)).view(-1, gate_up.shape[1]).chunk(2, -1)
+    # the K activations in a row times their K matrices in a column: the sum over both
+    activation = F.silu(gate).mul_(up).mul_(weights.t())
+    return activation.view(1, -1) @ experts.down.index_select(0, chosen[0]).view(-1, H)
+
+
+def _run_few(x: Tensor, weights: Tensor, chosen: Tensor, experts: Routed) -> Tensor:
+    """x [B, H], weights and chosen [B, K] -> [B, H], for a few rows of each expert.
+
+    Expert e owns the places e * most to (e + 1) * most - 1 of a buffer, and its rows
+    stand in the first of them.
+    """
+    B, K = chosen.shape
+    E, _, H = experts.gate_up.shape
+    expert, row = chosen.flatten().sort(stable=True)  # row i * K + k: choice k of i
+    counts = torch.bincount(expert, minlength=E)
+    most = int(counts.max())
+    before = counts.cumsum(0) - counts
+    nth_of_expert = torch.arange(B * K) - before[expert]
+    place = expert * most + nth_of_expert
+
+    buffer = x.new_zeros(E * most, H)
+    buffer.index_copy_(0, place, x.index_select(0, row // K))
+    gate_up = torch.bmm(buffer.view(E, most, H), experts.gate_up.transpose(1, 2))
+    gate, up = gate_up.chunk(2, dim=-1)
+    answers = torch.bmm(F.silu(gate).mul_(up), experts.down).view(E * most, H)
+
+    place_of_row = torch.empty_like(row).scatter_(0, row, place)
+    of_token = answers.index_select(0, place_of_row).view(B, K, H)
+    return torch.bmm(weights.unsqueeze(1), of_token).squeeze(1)
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:
@@ -231,10 +269,12 @@ def _feed_forward(block: Block) -> FeedForward:
     norm = block.post_attention_layernorm.weight
     if not isinstance(block.mlp, MoE):
         return FeedForward(norm, _stacked(block.mlp), None)
+    experts = block.mlp.experts
+    down = experts.down_proj.transpose(1, 2).contiguous()
+    routed = Routed(block.mlp.gate, experts.gate_up_proj, down)
     shared = block.mlp.shared_experts
-    if shared is None:
-        return FeedForward(norm, None, block.mlp)
-    return FeedForward(norm, _stacked(shared), block.mlp)
+    dense = None if shared is None else _stacked(shared)
+    return FeedForward(norm, dense, routed)
 
 
 def _stacked(mlp: MLP) -> tuple[Tensor, Tensor]:

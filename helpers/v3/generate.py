@@ -36,7 +36,7 @@ def sample(
             "training diverged; take an earlier checkpoint"
         )
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return token.squeeze(-1)
     # the maximum goes first: no temperature is so small that the rest overflows
     divisor = max(temperature, torch.finfo(torch.float32).tiny)
     scaled = (logits.float() - largest.float()) / divisor
