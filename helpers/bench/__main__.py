@@ -2,106 +2,97 @@
 
 import argparse
 import warnings
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from importlib.metadata import version
 
-from helpers.bench.timing import Job, interleaved
-from helpers.bench.transformers_rows import make_pair, rows
-from helpers.v3 import DeepSeekV3, MoE, V3Config
+from helpers.bench import own_rows, transformers_rows, trl_row
+from helpers.bench.timing import Row, seconds_of
+from helpers.v3 import V3Config
 
 import torch
 
-EXPERT_COUNTS = (8, 16, 32, 64, 128, 256)
 SIDE = 2048  # of the matrices that measure this machine
+TOKENS = 16384  # through the single MoE layer
+NEW_TOKENS = 64  # to decode
+HEAD = f"{'':56}{'ours':>18}{'theirs':>18}{'ratio':>8}   spread"
 
 
-def matmul_share(
-    config: V3Config, rate: float, repeats: int, device: str
-) -> tuple[float, float]:
-    """GFLOP/s of a matrix product here, and the share of it that training uses.
+def jobs(device: str, repeats: int) -> dict[str, Callable[[], Row]]:
+    """Each row's name, and what measures it."""
+    config = V3Config.tiny()
+    made: list[transformers_rows.Pair] = []
 
-    `rate` are training tokens per second, at 6 FLOP per active weight.
-    """
-    a = torch.randn(SIDE, SIDE, device=device)
-    b = torch.randn(SIDE, SIDE, device=device)
-    seconds = interleaved({"matmul": lambda: a @ b}, repeats)["matmul"]
-    gflops = 2 * SIDE**3 / seconds / 1e9
-    with torch.device("meta"):
-        model = DeepSeekV3(config.with_(num_nextn_predict_layers=0))
-    idle = 1 - config.num_experts_per_tok / config.n_routed_experts
-    active = -model.embed_tokens.weight.numel()  # a lookup
-    for name, parameter in model.named_parameters():
-        active += parameter.numel()
-        if ".experts." in name:
-            active -= int(parameter.numel() * idle)
-    return gflops, 6 * active * rate / 1e9 / gflops
+    def pair() -> transformers_rows.Pair:
+        if not made:
+            made.append(transformers_rows.make_pair(config, device))
+        return made[0]
 
+    def train(batch: int, length: int) -> Row:
+        return transformers_rows.training_row(pair(), batch, length, repeats)
 
-def layer_times(
-    config: V3Config, tokens: int, repeats: int, device: str
-) -> dict[int, float]:
-    """Seconds of one MoE layer, forward and backward, for growing numbers of experts.
+    def decode(batch: int, prompt: int) -> Row:
+        return transformers_rows.decoding_row(
+            pair(), batch, prompt, repeats, NEW_TOKENS
+        )
 
-    Top-k and width are fixed.
-    """
-    shape = (1, tokens, config.hidden_size)
-    x = torch.randn(shape, device=device, requires_grad=True)
-    jobs: dict[str, Job] = {}
-    for experts in EXPERT_COUNTS:
-        groups = (8, 4) if experts >= 64 else (1, 1)
-        layer = MoE(
-            config.with_(
-                n_routed_experts=experts, n_group=groups[0], topk_group=groups[1]
-            )
-        ).to(device)
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-
-        def both(layer: MoE = layer) -> None:
-            out, _ = layer(x)
-            out.square().mean().backward()
-            layer.zero_grad()
-
-        jobs[str(experts)] = both
-    seconds = interleaved(jobs, repeats)
-    return {int(name): value for name, value in seconds.items()}
+    rows: dict[str, Callable[[], Row]] = {}
+    for batch, length in ((16, 256), (4, 1024)):
+        rows[f"train-{batch}-{length}"] = partial(train, batch, length)
+    rows["prefill"] = lambda: transformers_rows.prefill_row(pair(), 4, 1024, repeats)
+    for batch, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
+        rows[f"decode-{batch}-{prompt}"] = partial(decode, batch, prompt)
+    rows["experts"] = lambda: own_rows.experts_row(config, TOKENS, repeats, device)
+    rows["grpo"] = lambda: trl_row.grpo_row(repeats)
+    rows["two"] = lambda: own_rows.two_notebooks_row(repeats)
+    return rows
 
 
 def main() -> None:
-    """Print all rows."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.bench")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each job")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode")
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="through the single MoE layer"
-    )
-    args = parser.parse_args()
+    """Print the rows that were asked for, or all."""
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = V3Config.tiny()
-    print(
-        f"{device}, {torch.get_num_threads()} threads, float32, V3Config.tiny(), no "
-        f"MTP; medians of {args.repeats} interleaved runs"
+    parser = argparse.ArgumentParser(prog="python -m helpers.bench")
+    parser.add_argument(
+        "rows", nargs="*", help=f"which of {', '.join(jobs(device, 1))}; without: all"
     )
-    found = rows(make_pair(config, device), args.repeats, args.new_tokens)
-    title = f"{'tokens/s':44} {'ours':>10} {'transformers':>13} {'ratio':>7}"
-    print(f"\n{title}   their fastest experts")
-    for name, ours, theirs, best in found:
-        ratio = ours / theirs
-        print(f"{name:44} {ours:10,.0f} {theirs:13,.0f} {ratio:6.2f}x   {best}")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each row")
+    args = parser.parse_args()
+    rows = jobs(device, args.repeats)
+    unknown = set(args.rows) - set(rows)
+    if args.repeats < 1 or unknown:
+        parser.error(f"--repeats of at least 1, and rows of {', '.join(rows)}")
 
-    gflops, share = matmul_share(config, found[0].ours, args.repeats, device)
-    print(
-        f"\nmatmul {SIDE}^3: {gflops:,.0f} GFLOP/s; training uses {share:.0%} of it "
-        "(6 FLOP per active weight and token, attention left out)"
+    print(_machine(device, args.repeats))
+    print(HEAD)
+    for name in args.rows or rows:
+        if name == "grpo" and not trl_row.installed():
+            print(f"{name}: {trl_row.MISSING}")
+            continue
+        print(_line(rows[name]()), flush=True)
+
+
+def _machine(device: str, repeats: int) -> str:
+    """What the numbers belong to: date, versions, threads, speed of a product."""
+    a = torch.randn(SIDE, SIDE, device=device)
+    product = min(seconds_of(lambda: a @ a) for _ in range(5))
+    versions = [f"torch {version('torch')}", f"transformers {version('transformers')}"]
+    if trl_row.installed():
+        versions.append(f"trl {version('trl')}")
+    return (
+        f"{date.today()}, {', '.join(versions)}; {device}, {torch.get_num_threads()} "
+        f"threads, float32, matrix products at {2 * SIDE**3 / product / 1e9:,.0f} "
+        f"GFLOP/s; medians of {repeats} turns"
     )
-    times = layer_times(config, args.tokens, args.repeats, device)
-    print(
-        f"\none MoE layer, {args.tokens:,} tokens, top {config.num_experts_per_tok}, "
-        "forward + backward"
-    )
-    first = times[EXPERT_COUNTS[0]]
-    for experts, seconds in times.items():
-        milliseconds = seconds * 1e3
-        print(f"{experts:5} experts {milliseconds:9.1f} ms   {seconds / first:5.2f}x")
+
+
+def _line(row: Row) -> str:
+    spread = f"{row.low:.2f} to {row.high:.2f}"
+    return (
+        f"{row.what:56}{row.ours:>18}{row.theirs:>18}{row.ratio:>7.2f}x   {spread:16}"
+        f"{row.note}"
+    ).rstrip()
 
 
 if __name__ == "__main__":

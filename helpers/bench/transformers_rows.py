@@ -2,10 +2,10 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
-from helpers.bench.timing import Job, interleaved
+from helpers.bench.timing import Job, Row, faster, interleaved, seconds_of
 from helpers.v3 import DeepSeekV3, V3Config, checkpoint, generate
 
 import torch
@@ -18,15 +18,7 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # of transformers' expe
 # batched_mm copies the weights of every token's experts: gigabytes for a long pass,
 # and never the fastest there
 MOST_TOKENS_BATCHED = 1024
-
-
-class Row(NamedTuple):
-    """Tokens per second of both, and which of their experts were the fastest."""
-
-    name: str
-    ours: float
-    theirs: float
-    implementation: str
+PROBE = 6  # tokens that each implementation decodes, to find the fastest
 
 
 @dataclass
@@ -47,20 +39,21 @@ class Pair:
         """Logits of transformers' model without a cache."""
         return self.theirs(ids, use_cache=False).logits
 
-    def jobs(self, ours: Job, theirs: Job, tokens: int) -> dict[str, Job]:
-        """Our job, and theirs with each implementation of the experts."""
-        jobs = {"ours": ours}
+    def choose_their_fastest(self, job: Job, tokens: int) -> str:
+        """Set the implementation of their experts that does `job` fastest; -> it.
+
+        tokens: how many the job passes through the model at once.
+        """
+        seconds = {}
         for implementation in IMPLEMENTATIONS:
             if implementation == "batched_mm" and tokens > MOST_TOKENS_BATCHED:
                 continue
-
-            def run(implementation: str = implementation) -> None:
-                their_model: Any = self.theirs
-                their_model.set_experts_implementation(implementation)
-                theirs()
-
-            jobs[implementation] = run
-        return jobs
+            self.theirs.set_experts_implementation(implementation)
+            job()
+            seconds[implementation] = min(seconds_of(job), seconds_of(job))
+        best = min(seconds, key=seconds.__getitem__)
+        self.theirs.set_experts_implementation(best)
+        return best
 
 
 def make_pair(config: V3Config, device: str) -> Pair:
@@ -75,28 +68,13 @@ def make_pair(config: V3Config, device: str) -> Pair:
     return Pair(ours.to(device), theirs.to(device), config, device)
 
 
-def rows(pair: Pair, repeats: int, new_tokens: int) -> list[Row]:
-    """Training, prefill and decoding."""
-    found = []
-    for batch, length in ((16, 256), (4, 1024)):
-        found.append(training_row(pair, batch, length, repeats))
-    found.append(prefill_row(pair, repeats))
-    for batch, prompt in ((1, 64), (1, 512), (64, 64), (64, 512)):
-        found.append(decoding_row(pair, batch, prompt, repeats, new_tokens))
-    return found
-
-
 def training_row(pair: Pair, batch: int, length: int, repeats: int) -> Row:
     """Forward, backward and optimizer step."""
     ids = pair.ids(batch, length + 1)
-    tokens = batch * length
-    jobs = pair.jobs(
-        training_step(pair.ours, pair.ours, ids),
-        training_step(pair.theirs, pair.their_logits, ids),
-        tokens,
-    )
-    name = f"training (fwd+bwd+step), {batch} x {length}"
-    return _row(name, tokens, interleaved(jobs, repeats))
+    ours = training_step(pair.ours, pair.ours, ids)
+    theirs = training_step(pair.theirs, pair.their_logits, ids)
+    what = f"training step, {batch} x {length} tokens"
+    return _row(pair, what, batch * length, ours, theirs, repeats)
 
 
 def training_step(
@@ -118,9 +96,9 @@ def training_step(
     return step
 
 
-def prefill_row(pair: Pair, repeats: int) -> Row:
-    """A forward pass over 4 x 1024 tokens."""
-    ids = pair.ids(4, 1024)
+def prefill_row(pair: Pair, batch: int, length: int, repeats: int) -> Row:
+    """A forward pass without gradients."""
+    ids = pair.ids(batch, length)
 
     @torch.inference_mode()
     def ours() -> None:
@@ -131,8 +109,17 @@ def prefill_row(pair: Pair, repeats: int) -> Row:
         pair.theirs.eval()
         pair.their_logits(ids)
 
-    jobs = pair.jobs(ours, theirs, ids.numel())
-    return _row("prefill, 4 x 1024", ids.numel(), interleaved(jobs, repeats))
+    what = f"prefill, {batch} x {length} tokens"
+    return _row(pair, what, ids.numel(), ours, theirs, repeats)
+
+
+def _row(
+    pair: Pair, what: str, tokens: int, ours: Job, theirs: Job, repeats: int
+) -> Row:
+    best = pair.choose_their_fastest(theirs, tokens)
+    times = interleaved({"ours": ours, "theirs": theirs}, repeats)
+    row = faster(what, tokens, "tokens", times["ours"], times["theirs"])
+    return replace(row, note=f"their fastest experts: {best}")
 
 
 def decoding_row(
@@ -140,15 +127,27 @@ def decoding_row(
 ) -> Row:
     """Greedy decoding after a prompt, whose own cost is taken off."""
     ids = pair.ids(batch, prompt)
-    seconds = []
-    for n in (1, new_tokens):
-        jobs = pair.jobs(_our_decoding(pair, ids, n), _their_decoding(pair, ids, n), 0)
-        seconds.append(interleaved(jobs, max(3, repeats // 2)))
-    one, all_of_them = seconds
-    # without the prompt, which both runs pay
-    alone = {name: all_of_them[name] - one[name] for name in one}
-    name = f"decode, batch {batch}, after {prompt} tokens"
-    return _row(name, batch * (new_tokens - 1), alone)
+    best = pair.choose_their_fastest(_their_decoding(pair, ids, PROBE), 0)
+    jobs = {
+        "our prompt": _our_decoding(pair, ids, 1),
+        "ours": _our_decoding(pair, ids, new_tokens),
+        "their prompt": _their_decoding(pair, ids, 1),
+        "theirs": _their_decoding(pair, ids, new_tokens),
+    }
+    times = interleaved(jobs, repeats)
+    # both runs of a turn pay for the prompt and its first token
+    alone = {}
+    for side, before in (("ours", "our prompt"), ("theirs", "their prompt")):
+        both = zip(times[side], times[before], strict=True)
+        alone[side] = [whole - first for whole, first in both]
+    row = faster(
+        f"decoding, batch {batch}, after {prompt} tokens",
+        batch * (new_tokens - 1),
+        "tokens",
+        alone["ours"],
+        alone["theirs"],
+    )
+    return replace(row, note=f"their fastest experts: {best}")
 
 
 def _our_decoding(pair: Pair, ids: Tensor, new_tokens: int) -> Job:
@@ -167,9 +166,3 @@ def _their_decoding(pair: Pair, ids: Tensor, new_tokens: int) -> Job:
         )
 
     return decode
-
-
-def _row(name: str, tokens: int, seconds: dict[str, float]) -> Row:
-    theirs = {i: seconds[i] for i in IMPLEMENTATIONS if i in seconds}
-    best = min(theirs, key=theirs.__getitem__)
-    return Row(name, tokens / seconds["ours"], tokens / theirs[best], best)

@@ -10,6 +10,7 @@ imports this module, so nobody gets the look who did not ask for it.
 """
 
 import base64
+import html
 import io
 from collections.abc import Sequence
 from typing import TypedDict
@@ -126,14 +127,19 @@ def show(fig: Figure, alt: str) -> None:
     """Display the figure once and close it.
 
     alt: what a reader who does not see the picture should know: what is drawn, and the
-    numbers that carry the finding.
+    numbers that carry the finding. The output is HTML, since JupyterLab and static
+    pages drop the alt text of a plain image.
     """
+    display({"text/html": as_image(fig, alt), "text/plain": alt}, raw=True)
+
+
+def as_image(fig: Figure, alt: str) -> str:
+    """The figure as an HTML image with its alt text; the figure is closed."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     plt.close(fig)
     png = base64.b64encode(buffer.getvalue()).decode()
-    display(
-        {"image/png": png, "text/plain": alt},
-        raw=True,
-        metadata={"image/png": {"alt": alt}},
+    return (
+        f'<img style="max-width: 100%" alt="{html.escape(alt)}" '
+        f'src="data:image/png;base64,{png}">'
     )

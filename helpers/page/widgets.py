@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 from IPython.display import display
-from IPython.utils.capture import RichOutput, capture_output
-from ipywidgets import HTML, ValueWidget, VBox
+from IPython.utils.capture import capture_output
+from ipywidgets import HTML, DOMWidget, ValueWidget, VBox
+
+NO_KERNEL = "Run this cell to move the control: the picture follows."
 
 
 def what_if(
@@ -38,7 +40,19 @@ def what_if(
     redraw()
     for one in controls:
         one.observe(on_change, names="value")
-    display(VBox([*controls, picture]))
+    show_widget(VBox([*controls, picture]), picture.value, NO_KERNEL)
+
+
+def show_widget(widget: DOMWidget, static: str, hint: str) -> None:
+    """Display a widget, with HTML for where there is no kernel to bring it to life.
+
+    One output holds both: JupyterLab shows the widget once the cell has run there, and
+    `static` with the line `hint` below it before that, as do static pages.
+    """
+    below = f"<p><i>{html.escape(hint)}</i></p>" if hint else ""
+    bundle = widget._repr_mimebundle_()
+    bundle |= {"text/html": static + below, "text/plain": hint or "a widget"}
+    display(bundle, raw=True)
 
 
 def drawn(draw: Callable[..., None], values: Sequence[object]) -> str:
@@ -55,17 +69,10 @@ def drawn(draw: Callable[..., None], values: Sequence[object]) -> str:
         for number in set(plt.get_fignums()) - open_before:
             plt.close(number)
     for output in caught.outputs:
-        if "image/png" in output.data:
-            return as_image(output)
+        picture = output.data.get("text/html", "")
+        if picture.startswith("<img "):
+            return str(picture)
     raise ValueError("no figure was shown; end the drawing with figures.show(fig, alt)")
-
-
-def as_image(output: RichOutput) -> str:
-    """A captured picture as an HTML element."""
-    png = output.data["image/png"]
-    alt = html.escape(output.metadata["image/png"]["alt"])
-    source = f"data:image/png;base64,{png}"
-    return f'<img style="max-width: 100%" alt="{alt}" src="{source}">'
 
 
 def in_one_line(error: Exception) -> str:

@@ -223,11 +223,11 @@ class GRPOTrainer:
         for problem in questions:
             asked += [problem] * settings.group
 
-        answers = self._answers(asked, seed)
+        answers = self.draw(asked, seed)
 
         rewards = torch.zeros(len(asked))
         for i, text in enumerate(answers.texts):
-            rewards[i] = reward(settings, asked[i], text)
+            rewards[i] = self.reward_of(asked[i], text)
         by_group = rewards.view(-1, settings.group)
         advantage = advantages(by_group, settings.divide_by_std).flatten()
 
@@ -241,7 +241,12 @@ class GRPOTrainer:
             mini_batches.append(rows.flatten())
         return Batch(asked, answers, rewards, advantage, mini_batches)
 
-    def _answers(self, asked: list[Problem], seed: int) -> Rollout:
+    def reward_of(self, problem: Problem, text: str) -> float:
+        """What the answer `text` is paid."""
+        return reward(self.settings, problem, text)
+
+    def draw(self, asked: list[Problem], seed: int) -> Rollout:
+        """An answer to each problem, drawn by the model as it is now."""
         generator = torch.Generator(self.device).manual_seed(seed)
         length = self.settings.max_new_tokens
         try:

@@ -17,6 +17,7 @@ from helpers.reasoning.countdown import (
 )
 from helpers.reasoning.rewards import behaviour
 from helpers.training.corpus import END
+from helpers.training.progress import Bar
 from helpers.v3 import DeepSeekV3, Step, sample
 from helpers.v3.generate import decode as decode_v3
 from helpers.v3.generate import threads_for
@@ -25,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,7 +155,7 @@ def sampled(
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     starts = range(0, len(problems), AT_ONCE)
     parts = []
-    for start in tqdm(starts, desc=label, unit="batch", disable=label is None):
+    for start in Bar(starts, desc=label, unit="part", disable=label is None):
         asked = problems[start : start + AT_ONCE]
         parts.append(rollout(model, asked, max_new_tokens, generator, temperature))
 

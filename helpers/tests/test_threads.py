@@ -1,4 +1,4 @@
-"""Waiting threads must sleep soon: `helpers` says so before torch is loaded."""
+"""How threads wait and memory comes: `helpers` says so before torch is loaded."""
 
 import ast
 import os
@@ -30,6 +30,22 @@ def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
 def test_the_first_import_of_helpers_sets_the_spin_count_before_torch():
     code = "import helpers.checks, sys; assert 'torch' not in sys.modules; " + SAY
     assert run(code).stdout.strip() == "1000"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux's")
+def test_large_tensors_lie_in_large_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text(encoding="ascii"):
+        pytest.skip("this kernel gives none")
+    code = (
+        "import helpers, torch; from resource import *; "
+        "before = getrusage(RUSAGE_SELF).ru_minflt; x = torch.ones(2**26); "
+        "print(getrusage(RUSAGE_SELF).ru_minflt - before)"
+    )
+    # 256 MB are 65,536 small pages
+    assert int(run(code).stdout) < 10_000
+    assert int(run(code, THP_MEM_ALLOC_ENABLE="0").stdout) > 30_000
 
 
 def test_a_value_that_somebody_chose_stays():

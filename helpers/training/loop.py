@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 from helpers.checks import Count, check
 from helpers.training import runs
+from helpers.training.progress import Bar
 from helpers.training.run_folder import RunFolder
 from helpers.training.world import World
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 History = dict[str, Any]
 SHOWN = ("loss", "accuracy", "length")  # beside the progress bar
@@ -153,7 +153,7 @@ def _do_steps(run: "_Run") -> None:
     trainer = run.trainer
     plan = run.plan
     trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off
-    bar = tqdm(
+    bar = Bar(
         total=plan.steps,
         initial=run.done,
         desc=plan.label,

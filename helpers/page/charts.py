@@ -1,0 +1,226 @@
+"""The few kinds of figures that the pages draw, each in one call.
+
+They take the frames of `helpers.evidence.frames`. Recorded seeds are a band or small
+points, the live run a line or a star, and the legend says which is which. Every figure
+has its finding as the title and an alt text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from helpers.page.figures import COLORS, show, style
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+Names = Mapping[str, str]  # what the reader sees for an arm
+
+
+class Labels(NamedTuple):
+    """The words of a figure. The title is the finding; alt is for who does not see."""
+
+    title: str
+    alt: str
+    x: str = ""
+    y: str = ""
+
+    def put_on(self, ax: Axes) -> None:
+        """Write title and axis labels."""
+        ax.set(title=self.title, xlabel=self.x, ylabel=self.y)
+
+
+def curves(
+    found: pd.DataFrame,
+    metric: str,
+    labels: Labels,
+    arms: Sequence[str] | None = None,
+    names: Names | None = None,
+) -> None:
+    """A metric over the steps: a line for the live run, a band for recorded seeds.
+
+    found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
+    band goes from the lowest to the highest recorded seed; without a live run the line
+    is the mean of the recorded ones.
+    """
+    of_metric = found[found["metric"] == metric]
+    if arms is None:
+        arms = list(of_metric["arm"].unique())
+    fig, ax = plt.subplots()
+    for i, arm in enumerate(arms):
+        name = (names or {}).get(arm, arm)
+        _curve(ax, of_metric[of_metric["arm"] == arm], name, i)
+    labels.put_on(ax)
+    ax.legend()
+    show(fig, labels.alt)
+
+
+def _curve(ax: Axes, of_arm: pd.DataFrame, label: str, i: int) -> None:
+    by_step = of_arm.pivot_table(
+        index="step", columns=["origin", "seed"], values="value"
+    )
+    origins = set(of_arm["origin"])
+    look = style(i)
+    if "recorded" in origins:
+        recorded = by_step["recorded"]
+        seeds = recorded.shape[1]
+        ax.fill_between(
+            recorded.index,
+            recorded.min(axis=1),
+            recorded.max(axis=1),
+            color=look["color"],
+            alpha=0.2,
+            linewidth=0,
+            label=f"{label}: {seeds} recorded seeds",
+        )
+        if "live" not in origins:
+            ax.plot(
+                recorded.index, recorded.mean(axis=1), label=f"{label}: mean", **look
+            )
+    if "live" in origins:
+        live = by_step["live"].mean(axis=1)
+        ax.plot(live.index, live, label=f"{label}: this run", **look)
+
+
+def differences(
+    table: pd.DataFrame,
+    labels: Labels,
+    names: Names | None = None,
+    guess: float | None = None,
+) -> None:
+    """Paired differences with their 95 % intervals, one line for each arm.
+
+    table: what `frames.compare` gives. A full point is a finding, a hollow one is not
+    separable from zero. guess: the reader's, drawn as a dotted line.
+    """
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(table)))
+    ax.axvline(0, color="black", linewidth=1)
+    places = range(len(table))
+    lines = []
+    for place, (arm, row) in zip(places, table.iterrows(), strict=True):
+        color = COLORS[0]
+        ax.plot([row["low"], row["high"]], [place, place], color=color)
+        face = color if row["finding"] else "white"
+        ax.plot(row["mean"], place, "o", color=color, markerfacecolor=face)
+        name = (names or {}).get(str(arm), str(arm))
+        lines.append(f"{name} (n = {row['n']})")
+    if guess is not None:
+        ax.axvline(guess, color=COLORS[1], linestyle=":", label="your guess")
+        ax.legend()
+    labels.put_on(ax)
+    ax.set(yticks=places, yticklabels=lines)
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    show(fig, labels.alt)
+
+
+def bars(
+    values: pd.DataFrame,
+    labels: Labels,
+    log: bool = False,
+    form: str = "{:,.3g}",
+    guess: float | None = None,
+) -> None:
+    """A bar for each row of `values`, with its number written beside it.
+
+    values: its first column is drawn; columns "low" and "high", if there are any, are
+    the ends of an interval. log: a logarithmic axis, where values differ by powers of
+    ten. guess: the reader's, drawn as a dotted line.
+    """
+    fig, ax = plt.subplots(figsize=(8, 1.0 + 0.42 * len(values)))
+    drawn = values.iloc[:, 0]
+    places = np.arange(len(values))
+    ax.barh(places, drawn, color=COLORS[0], height=0.6)
+    ends = drawn
+    if {"low", "high"} <= set(values.columns):
+        for place, low, high in zip(places, values["low"], values["high"], strict=True):
+            ax.plot([low, high], [place, place], color="black", linewidth=1.2)
+        ends = values[["high"]].max(axis=1)
+    for place, value, end in zip(places, drawn, ends, strict=True):
+        ax.annotate(
+            form.format(value),
+            (end, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    if log:
+        ax.set_xscale("log")
+    ax.margins(x=0.12)
+    if guess is not None:
+        ax.axvline(guess, color=COLORS[1], linestyle=":", label="your guess")
+        ax.legend()
+    labels.put_on(ax)
+    ax.set(yticks=places, yticklabels=list(values.index))
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    show(fig, labels.alt)
+
+
+def heat_map(
+    values: pd.DataFrame,
+    labels: Labels,
+    unit: str,
+    form: str = "{:.2g}",
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Rows and columns of `values` as coloured fields with their numbers in them.
+
+    unit: what the colour bar says. limits: the values of the darkest and the lightest
+    colour; None: the smallest and the largest there are.
+    """
+    fig, ax = plt.subplots(figsize=(8, 1.4 + 0.42 * len(values)))
+    low, high = limits or (values.min().min(), values.max().max())
+    image = ax.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for i, row in enumerate(values.to_numpy()):
+        for j, value in enumerate(row):
+            color = image.cmap(image.norm(value))
+            brightness = np.dot(color[:3], (0.299, 0.587, 0.114))
+            ink = "black" if brightness > 0.5 else "white"
+            ax.text(j, i, form.format(value), ha="center", va="center", color=ink)
+    labels.put_on(ax)
+    ax.set(
+        xticks=range(values.shape[1]),
+        xticklabels=list(values.columns),
+        yticks=range(values.shape[0]),
+        yticklabels=list(values.index),
+    )
+    ax.grid(visible=False)
+    fig.colorbar(image, label=unit)
+    show(fig, labels.alt)
+
+
+def gantt(tasks: pd.DataFrame, labels: Labels) -> None:
+    """Tasks as blocks along the time, a line for each worker.
+
+    tasks: columns worker, start, end, kind (which colour) and label (written in the
+    block; "" for none).
+    """
+    workers = list(dict.fromkeys(tasks["worker"]))
+    kinds = list(dict.fromkeys(tasks["kind"]))
+    fig, ax = plt.subplots(figsize=(9, 1.4 + 0.4 * len(workers)))
+    for i, kind in enumerate(kinds):
+        of_kind = tasks[tasks["kind"] == kind]
+        ax.barh(
+            [workers.index(worker) for worker in of_kind["worker"]],
+            of_kind["end"] - of_kind["start"],
+            left=of_kind["start"],
+            color=COLORS[i % len(COLORS)],
+            edgecolor="white",
+            linewidth=0.6,
+            label=kind,
+        )
+    for task in tasks.itertuples():
+        middle = (task.start + task.end) / 2
+        place = workers.index(task.worker)
+        ax.text(middle, place, task.label, ha="center", va="center", color="white")
+    labels.put_on(ax)
+    ax.set(
+        yticks=range(len(workers)),
+        yticklabels=workers,
+    )
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    show(fig, labels.alt)

@@ -1,0 +1,33 @@
+"""A table on a page: a pandas frame with formats, and a caption that says what."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from IPython.display import display
+
+NUMBERS = "{:,.4g}"
+STYLES = [
+    {"selector": "caption", "props": "caption-side: top; text-align: left;"},
+    {"selector": "td, th", "props": "text-align: left; padding: 0.2em 0.8em;"},
+]
+
+
+def table(
+    frame: pd.DataFrame, caption: str, formats: Mapping[str, str] | None = None
+) -> None:
+    """Display `frame`. A missing number is a dash.
+
+    formats: {column: format}, such as {"loss": "{:.3f}", "share": "{:.0%}"}; other
+    floats get four significant digits. Text is escaped.
+    """
+    chosen: dict[str, str] = {}
+    for name, kind in frame.dtypes.items():
+        if pd.api.types.is_float_dtype(kind):
+            chosen[str(name)] = NUMBERS
+        elif pd.api.types.is_integer_dtype(kind):
+            chosen[str(name)] = "{:,}"
+    chosen |= formats or {}
+    # a fixed uuid: the same table is the same HTML, so that git shows real changes only
+    looks = frame.style.format(chosen, na_rep="–", escape="html")
+    looks = looks.set_caption(caption).set_table_styles(STYLES).set_uuid("table")
+    display({"text/html": looks.to_html(), "text/plain": str(frame)}, raw=True)
