@@ -127,7 +127,7 @@ def decoding_row(
 ) -> Row:
     """Greedy decoding after a prompt, whose own cost is taken off."""
     ids = pair.ids(batch, prompt)
-    best = pair.choose_their_fastest(_their_decoding(pair, ids, PROBE), 0)
+    best = pair.choose_their_fastest(_their_decoding(pair, ids, PROBE), ids.numel())
     jobs = {
         "our prompt": _our_decoding(pair, ids, 1),
         "ours": _our_decoding(pair, ids, new_tokens),

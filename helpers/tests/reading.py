@@ -7,11 +7,13 @@ makes the first figure of notebook 01 the one that the README shows of it.
 
 import ast
 import base64
+import html
 import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from nbformat import NotebookNode
@@ -25,6 +27,7 @@ FOLDERS = "home|root|Users|work|tmp|private|opt|mnt|var|usr/lib|usr/local"
 MACHINE_PATH = re.compile(
     rf"(?<![\w.~])/(?:{FOLDERS})/\w|\b[A-Z]:\\+(?:Users|Windows|Program)"
 )
+IMAGE = re.compile(r'<img [^>]*alt="([^"]*)" src="data:image/png;base64,([^"]*)"')
 # hidden files of the project, where there is no git to ask
 HIDDEN = (
     ".ci",
@@ -120,11 +123,34 @@ def parameter_names(notebook: NotebookNode) -> set[str]:
     return names
 
 
+class Picture(NamedTuple):
+    """A picture in an output, and the text for those who do not see it."""
+
+    png: bytes
+    alt: str
+
+
+def pictures(output: NotebookNode) -> list[Picture]:
+    """The pictures of one output: HTML images, or a plain PNG as matplotlib shows it.
+
+    The notebooks of the first edition have the latter, with the alt text as metadata.
+    """
+    data = output.get("data", {})
+    found = []
+    for alt, png in IMAGE.findall(data.get("text/html", "")):
+        found.append(Picture(base64.b64decode(png), html.unescape(alt)))
+    if "image/png" in data:
+        alt = output.metadata.get("image/png", {}).get("alt", "")
+        found.append(Picture(base64.b64decode(data["image/png"]), alt))
+    return found
+
+
 def figures(notebook: NotebookNode) -> list[bytes]:
     """The notebook's pictures, in order, as PNG files."""
-    data = [output.get("data", {}) for output in outputs(notebook)]
-    pictures = [entry["image/png"] for entry in data if "image/png" in entry]
-    return [base64.b64decode(picture) for picture in pictures]
+    found = []
+    for output in outputs(notebook):
+        found += [picture.png for picture in pictures(output)]
+    return found
 
 
 def take_picture(number: str, n: int) -> None:

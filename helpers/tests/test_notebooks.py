@@ -273,9 +273,9 @@ def test_every_figure_has_its_text(path):
     notebook = reading.read(path)
     assert reading.figures(notebook), "no figure"
     for where, output in reading.all_outputs(notebook):
-        if "image/png" in output.get("data", {}):
-            alt = output.metadata.get("image/png", {}).get("alt", "")
-            assert alt.strip(), f"{where}: no alt text; show the figure by figures.show"
+        for picture in reading.pictures(output):
+            remedy = f"{where}: no alt text; show the figure by figures.show"
+            assert picture.alt.strip(), remedy
 
 
 @each_notebook

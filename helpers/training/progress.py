@@ -33,7 +33,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
             return
         self.display(self.last_line())
         self.disable = True
-        self._decr_instances(self)
+        self._decr_instances(self)  # type: ignore[attr-defined]
 
     def last_line(self) -> str:
         """What was done, how long it took, and the numbers beside the bar."""

@@ -1,14 +1,15 @@
 """The one look, bands of recorded runs, and pictures that carry their text."""
 
-import base64
 import subprocess
 import sys
 from pathlib import Path
 
 from helpers.page import figures
+from helpers.tests import reading
 
 import matplotlib
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 from IPython.utils.capture import capture_output
@@ -84,9 +85,12 @@ def test_either_may_be_missing(ax, runs, live, bands, lines):
 def test_a_figure_is_shown_once_with_its_alt_text_and_closed(shell):
     fig, _ = plt.subplots()
     with capture_output() as caught:
-        figures.show(fig, "Two bars: 1 and 2.")
+        figures.show(fig, 'Two "bars": 1 < 2.')
     [output] = caught.outputs
-    assert base64.b64decode(output.data["image/png"]).startswith(PNG)
-    assert output.data["text/plain"] == "Two bars: 1 and 2."
-    assert output.metadata == {"image/png": {"alt": "Two bars: 1 and 2."}}
+    assert set(output.data) == {"text/html", "text/plain"}
+    assert output.data["text/plain"] == 'Two "bars": 1 < 2.'
+    shown = nbformat.v4.new_output("display_data", output.data)
+    [picture] = reading.pictures(shown)
+    assert picture.png.startswith(PNG)
+    assert picture.alt == 'Two "bars": 1 < 2.'
     assert not plt.fignum_exists(fig.number)

@@ -3,8 +3,10 @@
 import html
 
 from helpers.page import figures, widgets
+from helpers.tests import reading
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 from ipywidgets import HTML, FloatSlider, IntSlider
 
@@ -20,9 +22,11 @@ def draw_share(experts: int) -> None:
 
 @pytest.fixture
 def displayed(shell, monkeypatch) -> list:
-    """What `what_if` displays, in order."""
+    """The widgets that `what_if` displays, in order."""
     seen = []
-    monkeypatch.setattr(widgets, "display", seen.append)
+    monkeypatch.setattr(
+        widgets, "show_widget", lambda widget, static, hint: seen.append(widget)
+    )
     return seen
 
 
@@ -86,6 +90,19 @@ def test_a_message_is_never_empty(displayed):
     widgets.what_if(slider, draw)
     slider.value = 1
     assert "Cannot be drawn: StopIteration" in displayed[0].children[1].value
+
+
+def test_without_a_kernel_there_is_a_picture_and_a_hint(shell, monkeypatch):
+    seen = []
+    monkeypatch.setattr(widgets, "display", lambda data, raw: seen.append(data))
+    widgets.what_if(IntSlider(value=8), draw_share)
+    [data] = seen
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"]
+    shown = nbformat.v4.new_output("display_data", data)
+    [picture] = reading.pictures(shown)
+    assert picture.alt == 'One bar: "12" experts'
+    assert "Run this cell" in data["text/html"]
+    assert data["text/plain"] == widgets.NO_KERNEL
 
 
 def test_no_figure_stays_open(control, picture):

@@ -1,0 +1,96 @@
+"""Models that differ in their attention alone, trained on the same text (notebook 02).
+
+All arms are dense models of the same width and depth with the same number of
+parameters: what an attention saves goes into its feed-forward layers. Queries are not
+compressed in any of them, since the cache does not hold queries.
+"""
+
+from dataclasses import asdict, dataclass
+
+from helpers.checks import Count, Whole, check_fields, need
+from helpers.training import pretrain, runs
+from helpers.training.corpus import Corpus
+from helpers.training.loop import History
+from helpers.v3 import DeepSeekV3, V3Config
+from helpers.v3.gqa import GQA, GQAShape
+from helpers.v3.model import Block
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of attention: MLA where `groups` is 0, else GQA with so many groups."""
+
+    name: str
+    heads: Count
+    head_dim: Count
+    groups: Whole = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def cached(self, config: V3Config) -> int:
+        """Numbers that a layer keeps per token."""
+        if self.groups == 0:
+            return config.kv_lora_rank + config.qk_rope_head_dim
+        return self.gqa_shape(config).cached()
+
+    def gqa_shape(self, config: V3Config) -> GQAShape:
+        """The layer's sizes, with as many turned numbers in a head as MLA has."""
+        dr = config.qk_rope_head_dim
+        need(dr <= self.head_dim, "head_dim", self.head_dim, f"RoPE turns {dr} numbers")
+        return GQAShape(self.heads, self.groups, self.head_dim, dr)
+
+
+def build(arm: Arm, config: V3Config, seed: int) -> DeepSeekV3:
+    """The arm's model, with its feed-forward as wide as the parameters allow.
+
+    config: of the arm with MLA; all of its layers must be dense. The other arms get the
+    `intermediate_size` that brings them closest to its number of parameters.
+    """
+    dense = config.first_k_dense_replace >= config.num_hidden_layers
+    need(dense, "first_k_dense_replace", config.first_k_dense_replace, "all dense")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if arm.groups == 0:
+            return DeepSeekV3(config)
+        shape = arm.gqa_shape(config)
+        own = _attention_weights(DeepSeekV3(config).layers[0])
+        new = sum(p.numel() for p in GQA(config.hidden_size, shape).parameters())
+        wider = round((own - new) / (3 * config.hidden_size))
+        torch.manual_seed(seed)
+        model = DeepSeekV3(
+            config.with_(intermediate_size=config.intermediate_size + wider)
+        )
+        for block in model.layers:
+            block.self_attn = _drawn(GQA(config.hidden_size, shape), config)
+    return model
+
+
+def _attention_weights(block: nn.Module) -> int:
+    assert isinstance(block, Block)
+    return sum(parameter.numel() for parameter in block.self_attn.parameters())
+
+
+def _drawn(layer: GQA, config: V3Config) -> GQA:
+    """The layer with weights drawn as all others are."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=config.initializer_range)
+    return layer
+
+
+def train(
+    arm: Arm, config: V3Config, corpus: Corpus, settings: pretrain.Settings
+) -> tuple[DeepSeekV3, History]:
+    """The arm trained from `settings.seed`, or the finished run of exactly this."""
+    model = build(arm, config, settings.seed)
+    folder = runs.run_dir(
+        "attention",
+        arm=asdict(arm),
+        config=config,
+        settings=settings,
+        corpus=corpus.hash,
+    )
+    return model, pretrain.train(model, corpus, settings, folder, label=arm.name)
