@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 
 from helpers.tests import reading
@@ -131,16 +132,36 @@ def test_readme_names_what_exists():
     assert missing == []
 
 
+def readme_commands() -> list[str]:
+    """The README's blocks that make an environment and do something in it."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
+    begin = "test -x .venv/bin/pip || python3 -m venv .venv && "
+    return [block for block in blocks if block.startswith(begin)]
+
+
 def test_readme_has_two_commands():
-    [start, test] = [
-        line
-        for line in readme_code().splitlines()
-        if line.startswith("test -x .venv/bin/pip || python3 -m venv .venv && ")
-    ]
+    [start, test] = readme_commands()
     assert " -r requirements.txt && " in start
-    assert start.endswith(" notebooks/00_start_here.ipynb")
+    assert "--ServerApp.root_dir=." in start, "or links out of notebooks/ are dead"
+    assert start.endswith("/lab/tree/notebooks/00_start_here.ipynb\n")
     assert " -r helpers/tests/requirements.txt && " in test
-    assert test.endswith(" -m pytest")
+    assert test.endswith(" -m pytest\n")
+
+
+def test_readme_commands_need_no_scrolling():
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
+    first = README.index("## Beyond one machine")
+    before = [block for block in blocks if README.index(block) < first]
+    lines = [line for block in before for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 90] == []
+
+
+def test_readme_pictures_are_seen_on_a_narrow_page():
+    # in a table of several columns a page of 900 px leaves them 31 px
+    tables = [line for line in README.splitlines() if line.startswith("|")]
+    assert [line for line in tables if "<img" in line] == []
+    widths = [int(width) for width in re.findall(r'<img [^>]*width="(\d+)"', README)]
+    assert len(widths) == len(NOTEBOOKS) and min(widths) >= 500
 
 
 def test_readme_names_the_licence():
@@ -157,9 +178,13 @@ def test_continuous_integration_runs_the_readme_command():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
-    pattern = re.search(r"grep -m 1 -E '([^']+)' README\.md", text).group(1)
-    found = [line for line in README.splitlines() if re.search(pattern, line)]
-    assert len(found) == 1
+    program = re.search(r"awk '([^']+)' README\.md", text).group(1)
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8")
+    assert program in workflow
+    command = ["awk", program, "README.md"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    [_, test] = readme_commands()
+    assert found == test
 
 
 CHECKS = ("ruff format --check .", "ruff check helpers", "mypy")
