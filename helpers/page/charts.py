@@ -37,12 +37,13 @@ def curves(
     labels: Labels,
     arms: Sequence[str] | None = None,
     names: Names | None = None,
+    log_x: bool = False,
 ) -> None:
     """A metric over the steps: a line for the live run, a band for recorded seeds.
 
     found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
     band goes from the lowest to the highest recorded seed; without a live run the line
-    is the mean of the recorded ones.
+    is the mean of the recorded ones. log_x: the steps grow by factors, and each is named.
     """
     of_metric = found[found["metric"] == metric]
     if arms is None:
@@ -52,6 +53,11 @@ def curves(
         name = (names or {}).get(arm, arm)
         _curve(ax, of_metric[of_metric["arm"] == arm], name, i)
     labels.put_on(ax)
+    if log_x:
+        steps = sorted(of_metric["step"].unique())
+        ax.set_xscale("log")
+        ax.set_xticks(steps, [f"{step:,}" for step in steps])
+        ax.minorticks_off()
     ax.legend()
     show(fig, labels.alt)
 
