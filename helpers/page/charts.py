@@ -43,7 +43,7 @@ def curves(
 
     found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
     band goes from the lowest to the highest recorded seed; without a live run the line
-    is the mean of the recorded ones. log_x: the steps grow by factors, and each is named.
+    is the mean of the recorded ones. log_x: the steps grow by factors, each is named.
     """
     of_metric = found[found["metric"] == metric]
     if arms is None:
@@ -127,12 +127,14 @@ def bars(
     log: bool = False,
     form: str = "{:,.3g}",
     guess: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """A bar for each row of `values`, with its number written beside it.
 
     values: its first column is drawn; columns "low" and "high", if there are any, are
     the ends of an interval. log: a logarithmic axis, where values differ by powers of
-    ten. guess: the reader's, drawn as a dotted line.
+    ten. guess: the reader's, drawn as a dotted line. limits: the ends of the axis, for
+    a figure that is drawn anew as a control moves.
     """
     fig, ax = plt.subplots(figsize=(8, 1.0 + 0.42 * len(values)))
     drawn = values.iloc[:, 0]
@@ -154,6 +156,8 @@ def bars(
     if log:
         ax.set_xscale("log")
     ax.margins(x=0.12)
+    if limits is not None:
+        ax.set_xlim(limits)
     if guess is not None:
         ax.axvline(guess, color=COLORS[1], linestyle=":", label="your guess")
         ax.legend()

@@ -21,8 +21,9 @@ NUMBER = re.compile(r"(?<![\w.,])[-−+±]?\d[\d,]*(?:\.\d+)?(?![\w])")
 # What has digits in it and is a name, or the label of a width or a depth.
 NAMES = re.compile(
     r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|Llama 3(?:\.\d)?(?: \d+B)?"
-    r"|Qwen2\.5(?: \d+B)?|Mixtral 8x\d+B|DeepSeek-V\d|\b[VR]\d(?:-Zero)?\b|H[128]00|\bFP8\b|\bBF16\b"
-    r"|float32|\b\d+K\b|arXiv:[\d.]+|sections? [\d.]+|Tables? \d+|95 %|equations? \d+"
+    r"|Qwen2\.5(?: \d+B)?|Mixtral 8x\d+B|DeepSeek-V\d|\b[VR]\d(?:-Zero)?\b"
+    r"|H[128]00|\bFP8\b|\bBF16\b|float32|\b\d+K\b|arXiv:[\d.]+|sections? [\d.]+"
+    r"|Tables? \d+|95 %|equations? \d+"
 )
 # A share is written in percent, and large numbers in thousands, millions or billions.
 SCALES = (1, 100, 1e-3, 1e-6, 1e-9)

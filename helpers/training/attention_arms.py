@@ -21,12 +21,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of attention: MLA where `groups` is 0, else GQA with so many groups."""
+    """One kind of attention, by its sizes.
+
+    groups = heads is MHA, 1 is MQA; 0 is MLA, with the sizes of the config.
+    """
 
     name: str
-    heads: Count
-    head_dim: Count
     groups: Whole = 0
+    heads: Count = 4
+    qk_dim: Count = 48
+    v_dim: Count = 32
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -38,10 +42,9 @@ class Arm:
         return self.gqa_shape(config).cached()
 
     def gqa_shape(self, config: V3Config) -> GQAShape:
-        """The layer's sizes, with as many turned numbers in a head as MLA has."""
+        """The layer's sizes, with as many turned numbers in a key as MLA has."""
         dr = config.qk_rope_head_dim
-        need(dr <= self.head_dim, "head_dim", self.head_dim, f"RoPE turns {dr} numbers")
-        return GQAShape(self.heads, self.groups, self.head_dim, dr)
+        return GQAShape(self.heads, self.groups, self.qk_dim, self.v_dim, dr)
 
 
 def build(arm: Arm, config: V3Config, seed: int) -> DeepSeekV3:

@@ -1,11 +1,11 @@
 """Multi-head, grouped-query and multi-query attention: what V3 did not choose.
 
 One class for all three, since they differ in one number: how many groups of heads have
-keys and values of their own. It takes the place of `MLA` in a `Block` and is trained
-beside it in notebook 02.
+keys and values of their own. Keys may be wider than values, as in V3. It takes the
+place of `MLA` in a `Block` and is trained beside it in notebook 02.
 
-Shapes: B sequences, T tokens, H hidden_size, h heads, g groups, d head_dim, dr the part
-of a head that RoPE turns.
+Shapes: B sequences, T tokens, H hidden_size, h heads, g groups, d qk_dim, dv v_dim, dr
+the part of a key that RoPE turns.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,13 @@ class GQAShape(NamedTuple):
 
     heads: int
     groups: int
-    head_dim: int
+    qk_dim: int  # of a query and a key
+    v_dim: int
     rope_dim: int
 
     def cached(self) -> int:
         """Numbers kept per token: keys and values of all groups."""
-        return 2 * self.groups * self.head_dim
+        return self.groups * (self.qk_dim + self.v_dim)
 
 
 class GQA(nn.Module):
@@ -37,18 +38,19 @@ class GQA(nn.Module):
 
     RoPE turns the last `rope_dim` numbers of each query and key, as many as in MLA, so
     that both know positions equally well. Raises InputError for groups that do not
-    divide the heads.
+    divide the heads and a RoPE wider than a key.
     """
 
     def __init__(self, hidden_size: int, shape: GQAShape) -> None:
         super().__init__()
-        h, g, d, _ = shape
+        h, g, d, dv, dr = shape
         need(h % g == 0, "groups", g, f"it must divide heads={h}")
+        need(dr <= d, "rope_dim", dr, f"a key has only {d} numbers")
         self.shape = shape
         self.q_proj = nn.Linear(hidden_size, h * d, bias=False)
         self.k_proj = nn.Linear(hidden_size, g * d, bias=False)
-        self.v_proj = nn.Linear(hidden_size, g * d, bias=False)
-        self.o_proj = nn.Linear(h * d, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, g * dv, bias=False)
+        self.o_proj = nn.Linear(h * dv, hidden_size, bias=False)
 
     def forward(
         self,
@@ -62,10 +64,12 @@ class GQA(nn.Module):
         Without a cache only: it is compared in training. Raises InputError for one.
         """
         need(cache is None, "cache", cache, "only MLA decodes through one here")
-        d = self.shape.head_dim
+        d = self.shape.qk_dim
+        dv = self.shape.v_dim
         q = self._turned(self.q_proj(x).unflatten(-1, (-1, d)), rope)
         k = self._turned(self.k_proj(x).unflatten(-1, (-1, d)), rope)
-        v = self.v_proj(x).unflatten(-1, (-1, d))
+        # equal widths keep the fused kernel, as in MLA
+        v = F.pad(self.v_proj(x).unflatten(-1, (-1, dv)), (0, d - dv))
 
         # every head gets a copy of its group's key and value
         per_group = self.shape.heads // self.shape.groups
@@ -75,10 +79,10 @@ class GQA(nn.Module):
             v.repeat_interleave(per_group, dim=2).transpose(1, 2),
             is_causal=True,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2)[..., :dv].flatten(2))
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
         """x [B, T, heads, d] with its last dr numbers turned."""
         dr = self.shape.rope_dim
-        still, to_turn = x.split((self.shape.head_dim - dr, dr), dim=-1)
+        still, to_turn = x.split((self.shape.qk_dim - dr, dr), dim=-1)
         return torch.cat((still, rotate(to_turn, rope.unsqueeze(-2))), dim=-1)

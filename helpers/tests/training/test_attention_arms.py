@@ -1,0 +1,82 @@
+"""The arms of the attention comparison differ in what they should."""
+
+from dataclasses import replace
+
+from helpers.checks import InputError
+from helpers.tests.training.small_runs import SETTINGS
+from helpers.training.attention_arms import Arm, build, train
+from helpers.v3 import MLA, V3Config
+from helpers.v3.gqa import GQA
+
+import pytest
+import torch
+
+CONFIG = V3Config.tiny(
+    vocab_size=300,
+    num_hidden_layers=2,
+    first_k_dense_replace=2,
+    q_lora_rank=None,
+    num_nextn_predict_layers=0,
+)
+MHA = Arm("MHA", groups=4)
+ARMS = [MHA, Arm("GQA", groups=2), Arm("MQA", 1, 4, 32, 32), Arm("MLA")]
+each_arm = pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("V3LAB_HOME", str(tmp_path))
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@each_arm
+def test_all_have_the_same_number_of_parameters_and_embeddings(arm):
+    model = build(arm, CONFIG, seed=3)
+    base = build(Arm("MLA"), CONFIG, seed=3)
+    step = 3 * CONFIG.hidden_size  # a feed-forward one wider has so many more
+    apart = abs(parameters(model) - parameters(base))
+    assert apart <= CONFIG.num_hidden_layers * step / 2
+    assert torch.equal(model.embed_tokens.weight, base.embed_tokens.weight)
+    kinds = {type(block.self_attn) for block in model.layers}
+    assert kinds == {MLA if arm.name == "MLA" else GQA}
+
+
+@each_arm
+def test_new_weights_are_drawn_as_all_others(arm):
+    model = build(arm, CONFIG, seed=0)
+    for parameter in model.layers[0].self_attn.parameters():
+        if parameter.dim() > 1:
+            spread = parameter.std().item()
+            assert spread == pytest.approx(CONFIG.initializer_range, rel=0.1)
+
+
+def test_what_each_keeps_per_token():
+    kept = {arm.name: arm.cached(CONFIG) for arm in ARMS}
+    assert kept == {"MHA": 320, "GQA": 160, "MQA": 64, "MLA": 64}
+
+
+def test_seeds_differ_and_one_seed_is_one_model():
+    first, again, other = (build(MHA, CONFIG, seed) for seed in (0, 0, 1))
+    weight = first.layers[1].self_attn.o_proj.weight
+    assert torch.equal(weight, again.layers[1].self_attn.o_proj.weight)
+    assert not torch.equal(weight, other.layers[1].self_attn.o_proj.weight)
+
+
+def test_a_model_with_experts_is_refused():
+    with pytest.raises(InputError, match="first_k_dense_replace"):
+        build(MHA, CONFIG.with_(first_k_dense_replace=1), seed=0)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_found_again_and_arms_do_not_share_one(corpus):
+    settings = replace(SETTINGS, steps=4)
+    model, history = train(MHA, CONFIG, corpus, settings)
+    again, found = train(MHA, CONFIG, corpus, settings)
+    assert found == history
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    _, other = train(ARMS[1], CONFIG, corpus, settings)
+    assert other["valid_loss"] != history["valid_loss"]
