@@ -13,9 +13,10 @@ import html
 from collections.abc import Sequence
 
 from helpers.checks import need
-from helpers.page.widgets import show_widget
+from helpers.page.widgets import Shown, show_widget
 
-from ipywidgets import HTML, Dropdown, Label, Text, ValueWidget, VBox
+from IPython.display import display
+from ipywidgets import Dropdown, Text, ValueWidget, VBox
 
 NO_KERNEL = "Run this cell to type a guess."
 
@@ -27,26 +28,23 @@ class Guess:
         self.question = question
         self.box = box
         self.after_seeing = False
-        self.seen = False
-        self._line = HTML()
+        self.line: Shown | None = None
         box.observe(self._changed, names="value")
-        show_widget(
-            VBox([Label(question), box]), f"<p>{html.escape(question)}</p>", NO_KERNEL
-        )
+        # the question is plain text: it is read without a kernel, too
+        display({"text/html": f"<p>{html.escape(question)}</p>"}, raw=True)
+        show_widget(VBox([box]), NO_KERNEL)
 
     def _changed(self, change: object) -> None:
-        if self.seen:
+        if self.line is not None:
             self.after_seeing = True
-            self._line.value = self._text()
+            self.line.update(self._text())
 
     def _text(self) -> str:
         raise NotImplementedError
 
     def _show(self) -> None:
         """Show the answer's line below the result, and keep it up to date."""
-        self.seen = True
-        self._line.value = self._text()
-        show_widget(self._line, self._line.value, "")
+        self.line = Shown(self._text())
 
     def _mark(self) -> str:
         return " (guessed after seeing the result)" if self.after_seeing else ""

@@ -1,58 +1,74 @@
 """A control above a figure: move it, and the figure is drawn anew."""
 
 import html
+import re
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 from IPython.display import display
 from IPython.utils.capture import capture_output
-from ipywidgets import HTML, DOMWidget, ValueWidget, VBox
+from ipywidgets import DOMWidget, ValueWidget, VBox
 
-NO_KERNEL = "Run this cell to move the control: the picture follows."
+NO_KERNEL = "Run this cell for the controls of this picture."
+
+
+class Shown:
+    """HTML in a cell's output that can be written anew; a saved notebook keeps it."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+
+    def update(self, value: str) -> None:
+        """Put other HTML in its place."""
+        self.value = value
+        if self._handle is not None:  # there is none outside of IPython
+            self._handle.update(self._bundle(), raw=True)
+
+    def _bundle(self) -> dict[str, str]:
+        alts = re.findall(r'alt="([^"]*)"', self.value)
+        words = alts or [re.sub(r"<[^>]*>", "", self.value)]
+        return {"text/html": self.value, "text/plain": html.unescape(words[0])}
 
 
 def what_if(
     control: ValueWidget | Sequence[ValueWidget], draw: Callable[..., None]
-) -> None:
+) -> Shown:
     """Display `control`, or several of them, above the figure that `draw` shows.
 
     draw: called with the value of each control, now and whenever one of them changes.
-    It shows one figure by `figures.show`.
+    It shows one figure by `figures.show`. The figure is an ordinary output, so that
+    pages without a kernel have it too. -> the figure's place.
 
     What the first call raises leaves the cell, as from any other line. What a later one
     raises stands in the picture's place, in one line, and the controls go on working:
     the reader has no other place to see it.
     """
     controls = [control] if isinstance(control, ValueWidget) else list(control)
-    # Plain HTML: an Output widget, as `ipywidgets.interact` makes it, can hang a
-    # notebook that is executed without a browser.
-    picture = HTML()
 
-    def redraw() -> None:
-        picture.value = drawn(draw, [one.value for one in controls])
+    def picture() -> str:
+        return drawn(draw, [one.value for one in controls])
+
+    first = picture()
+    show_widget(VBox(controls), NO_KERNEL)
+    place = Shown(first)
 
     def on_change(change: object) -> None:
         try:
-            redraw()
+            place.update(picture())
         except Exception as error:
-            picture.value = in_one_line(error)
+            place.update(in_one_line(error))
 
-    redraw()
     for one in controls:
         one.observe(on_change, names="value")
-    show_widget(VBox([*controls, picture]), picture.value, NO_KERNEL)
+    return place
 
 
-def show_widget(widget: DOMWidget, static: str, hint: str) -> None:
-    """Display a widget, with HTML for where there is no kernel to bring it to life.
-
-    One output holds both: JupyterLab shows the widget once the cell has run there, and
-    `static` with the line `hint` below it before that, as do static pages.
-    """
-    below = f"<p><i>{html.escape(hint)}</i></p>" if hint else ""
+def show_widget(widget: DOMWidget, hint: str) -> None:
+    """Display a widget; where there is no kernel the line `hint` stands for it."""
     bundle = widget._repr_mimebundle_()
-    bundle |= {"text/html": static + below, "text/plain": hint or "a widget"}
-    display(bundle, raw=True)
+    line = f"<p><i>{html.escape(hint)}</i></p>"
+    display(bundle | {"text/html": line, "text/plain": hint}, raw=True)
 
 
 def drawn(draw: Callable[..., None], values: Sequence[object]) -> str:

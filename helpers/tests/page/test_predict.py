@@ -10,7 +10,12 @@ import pytest
 def shown(monkeypatch):
     """The mime bundles that were displayed."""
     found = []
-    monkeypatch.setattr(widgets, "display", lambda data, raw: found.append(data))
+
+    def display(data, raw, display_id=False):
+        found.append(data)
+
+    for module in (widgets, predict):
+        monkeypatch.setattr(module, "display", display)
     return found
 
 
@@ -20,11 +25,11 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 def test_without_a_guess_the_page_says_what_was_measured(shown):
     guess = predict.number("How many times smaller?", "times")
     guess.reveal(57.2)
-    question, answer = shown
-    assert VIEW in question and VIEW in answer
-    assert "How many times smaller?" in question["text/html"]
-    assert "Run this cell" in question["text/html"]
+    question, box, answer = shown
+    assert question == {"text/html": "<p>How many times smaller?</p>"}
+    assert VIEW in box and "Run this cell" in box["text/html"]
     assert answer["text/html"] == "Measured: <b>57.2 times</b>."
+    assert answer["text/plain"] == "Measured: 57.2 times."
 
 
 @pytest.mark.parametrize(
@@ -54,9 +59,9 @@ def test_what_is_no_number_is_no_guess(shown):
 def test_a_guess_after_seeing_changes_the_line_and_is_marked(shown):
     guess = predict.number("How many?", "times")
     guess.reveal(2)
-    assert "Your guess" not in guess._line.value
+    assert "Your guess" not in guess.line.value
     guess.box.value = "3"
-    assert guess._line.value.endswith("(guessed after seeing the result).")
+    assert guess.line.value.endswith("(guessed after seeing the result).")
     # a second reveal, as when the cell runs again, still knows
     guess.reveal(2)
     assert "after seeing" in shown[-1]["text/html"]

@@ -8,7 +8,8 @@ from helpers.tests import reading
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from ipywidgets import HTML, FloatSlider, IntSlider
+from IPython.utils.capture import capture_output
+from ipywidgets import FloatSlider, IntSlider
 
 
 def draw_share(experts: int) -> None:
@@ -25,26 +26,25 @@ def displayed(shell, monkeypatch) -> list:
     """The widgets that `what_if` displays, in order."""
     seen = []
     monkeypatch.setattr(
-        widgets, "show_widget", lambda widget, static, hint: seen.append(widget)
+        widgets, "show_widget", lambda widget, hint: seen.append(widget)
     )
     return seen
 
 
 @pytest.fixture
-def control(displayed) -> IntSlider:
-    slider = IntSlider(value=8, min=0, max=100)
-    widgets.what_if(slider, draw_share)
-    return slider
+def control() -> IntSlider:
+    return IntSlider(value=8, min=0, max=100)
 
 
 @pytest.fixture
-def picture(control, displayed) -> HTML:
+def picture(control, displayed) -> widgets.Shown:
+    place = widgets.what_if(control, draw_share)
     [box] = displayed
-    assert box.children[0] is control
-    return box.children[1]
+    assert box.children == (control,)
+    return place
 
 
-def shows(picture: HTML, alt: str) -> bool:
+def shows(picture: widgets.Shown, alt: str) -> bool:
     return (
         picture.value.startswith("<img ")
         and f'alt="{html.escape(alt)}"' in picture.value
@@ -87,22 +87,21 @@ def test_a_message_is_never_empty(displayed):
         figures.show(fig, "nothing")
 
     slider = IntSlider(value=0)
-    widgets.what_if(slider, draw)
+    place = widgets.what_if(slider, draw)
     slider.value = 1
-    assert "Cannot be drawn: StopIteration" in displayed[0].children[1].value
+    assert "Cannot be drawn: StopIteration" in place.value
 
 
-def test_without_a_kernel_there_is_a_picture_and_a_hint(shell, monkeypatch):
-    seen = []
-    monkeypatch.setattr(widgets, "display", lambda data, raw: seen.append(data))
-    widgets.what_if(IntSlider(value=8), draw_share)
-    [data] = seen
-    assert data["application/vnd.jupyter.widget-view+json"]["model_id"]
-    shown = nbformat.v4.new_output("display_data", data)
-    [picture] = reading.pictures(shown)
-    assert picture.alt == 'One bar: "12" experts'
-    assert "Run this cell" in data["text/html"]
-    assert data["text/plain"] == widgets.NO_KERNEL
+def test_without_a_kernel_there_is_a_picture_and_a_hint(shell):
+    slider = IntSlider(value=8)
+    with capture_output() as caught:
+        widgets.what_if(slider, draw_share)
+    controls, figure = (output.data for output in caught.outputs)
+    assert controls["application/vnd.jupyter.widget-view+json"]["model_id"]
+    assert controls["text/plain"] == widgets.NO_KERNEL
+    assert widgets.NO_KERNEL in controls["text/html"]
+    [picture] = reading.pictures(nbformat.v4.new_output("display_data", figure))
+    assert picture.alt == figure["text/plain"] == 'One bar: "12" experts'
 
 
 def test_no_figure_stays_open(control, picture):
@@ -119,11 +118,11 @@ def test_several_controls(displayed):
 
     width = IntSlider(value=1)
     height = FloatSlider(value=2.0)
-    widgets.what_if([width, height], draw)
+    place = widgets.what_if([width, height], draw)
     [box] = displayed
-    assert box.children[:2] == (width, height)
+    assert box.children == (width, height)
     height.value = 3.5
-    assert shows(box.children[2], "1 by 3.5")
+    assert shows(place, "1 by 3.5")
 
 
 def test_what_fails_at_once_fails_the_cell(displayed):
