@@ -5,15 +5,15 @@ parameters: what an attention saves goes into its feed-forward layers. Queries a
 compressed in any of them, since the cache does not hold queries.
 """
 
+import random
 from dataclasses import asdict, dataclass
 
 from helpers.checks import Count, Whole, check_fields, need
 from helpers.training import pretrain, runs
 from helpers.training.corpus import Corpus
 from helpers.training.loop import History
-from helpers.v3 import DeepSeekV3, V3Config
+from helpers.v3 import MLA, DeepSeekV3, V3Config
 from helpers.v3.gqa import GQA, GQAShape
-from helpers.v3.model import Block
 
 import torch
 from torch import nn
@@ -55,33 +55,37 @@ def build(arm: Arm, config: V3Config, seed: int) -> DeepSeekV3:
     """
     dense = config.first_k_dense_replace >= config.num_hidden_layers
     need(dense, "first_k_dense_replace", config.first_k_dense_replace, "all dense")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if arm.groups == 0:
-            return DeepSeekV3(config)
-        shape = arm.gqa_shape(config)
-        own = _attention_weights(DeepSeekV3(config).layers[0])
-        new = sum(p.numel() for p in GQA(config.hidden_size, shape).parameters())
-        wider = round((own - new) / (3 * config.hidden_size))
-        torch.manual_seed(seed)
+    model = DeepSeekV3(config)
+    if arm.groups > 0:
+        layers = [GQA(config.hidden_size, arm.gqa_shape(config)) for _ in model.layers]
+        mla = MLA(config)
+        saved = _weights_of(mla) - _weights_of(layers[0])
+        wider = round(saved / (3 * config.hidden_size))
         model = DeepSeekV3(
             config.with_(intermediate_size=config.intermediate_size + wider)
         )
-        for block in model.layers:
-            block.self_attn = _drawn(GQA(config.hidden_size, shape), config)
+        for block, layer in zip(model.layers, layers, strict=True):
+            block.self_attn = layer
+    _draw(model, seed)
     return model
 
 
-def _attention_weights(block: nn.Module) -> int:
-    assert isinstance(block, Block)
-    return sum(parameter.numel() for parameter in block.self_attn.parameters())
+def _weights_of(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
-def _drawn(layer: GQA, config: V3Config) -> GQA:
-    """The layer with weights drawn as all others are."""
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=config.initializer_range)
-    return layer
+@torch.no_grad()
+def _draw(model: DeepSeekV3, seed: int) -> None:
+    """Draw every matrix from the seed and its own name.
+
+    So arms start from the same numbers wherever they have a matrix of the same name and
+    shape.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            drawn_from = random.Random(f"{seed} {name}").getrandbits(63)
+            generator = torch.Generator().manual_seed(drawn_from)
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
 
 
 def train(

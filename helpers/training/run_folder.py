@@ -13,11 +13,11 @@ from typing import Any
 
 from helpers.training import runs
 from helpers.training.world import World
-from helpers.v3 import checkpoint
+from helpers.v3 import DeepSeekV3, checkpoint
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 POLL_SECONDS = 0.2  # between two looks at whether another program is done
 
@@ -83,14 +83,16 @@ class RunFolder:
     def restore(
         self,
         found: checkpoint.Training,
-        model: nn.Module,
+        model: DeepSeekV3,
         optimizer: torch.optim.Optimizer,
         keep: Mapping[str, Tensor],
     ) -> None:
         """Change model, optimizer and kept tensors to those of the checkpoint."""
         if self.path is None:
             return
-        weights = checkpoint.load(self.path).state_dict()
+        # of several processes each holds only parts of the model
+        like = model if self.world.size == 1 else None
+        weights = checkpoint.load(self.path, like).state_dict()
         parts = {}
         for name, tensor in model.state_dict().items():
             parts[name] = self.world.part(weights[name], tensor)

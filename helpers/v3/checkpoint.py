@@ -8,6 +8,7 @@ FP8 files have, as the published ones, `X.weight` in float8_e4m3fn and the scale
 block of 128 x 128 in `X.weight_scale_inv`.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -147,15 +148,17 @@ def _write_json(path: Path, content: Any) -> None:
 # ---------------------------------------------------------------------------- load
 
 
-def load(folder: str | Path) -> DeepSeekV3:
+def load(folder: str | Path, like: DeepSeekV3 | None = None) -> DeepSeekV3:
     """Read a checkpoint of ours or of transformers: float32, CPU, eval mode.
 
     `folder` holds `latest`, or is the one with config.json itself. A file whose config
     promises MTP but which holds no MTP weights (transformers writes such) loads as a
     model without MTP. A missing, extra, misshapen, truncated or non-float tensor is one
     CheckpointError that names it; nothing is returned half-read. FP8 is scaled back.
+    like: a model whose modules are those of the file, where some were exchanged for
+    others (another attention); it stays as it is. None: DeepSeekV3 as config.json says.
     """
-    return read_newest(folder, _read_model)
+    return read_newest(folder, lambda found: _read_model(found, like))
 
 
 def load_training(folder: str | Path) -> Training:
@@ -166,7 +169,7 @@ def load_training(folder: str | Path) -> Training:
     return read_newest(folder, _read_training)
 
 
-def _read_model(folder: Path) -> DeepSeekV3:
+def _read_model(folder: Path, like: DeepSeekV3 | None) -> DeepSeekV3:
     raw = read_json(folder / "config.json")
     try:
         config = V3Config.from_hf(raw)
@@ -179,8 +182,11 @@ def _read_model(folder: Path) -> DeepSeekV3:
         config = config.with_(num_nextn_predict_layers=0)
 
     # names and shapes first: nothing is allocated for files that do not fit
-    with torch.device("meta"):
-        model = DeepSeekV3(config)
+    if like is not None:
+        model = copy.deepcopy(like).to("meta")
+    else:
+        with torch.device("meta"):
+            model = DeepSeekV3(config)
     shapes = {}
     for name, target in state_dict.published(config, model.state_dict()):
         shapes[name] = target.shape
@@ -190,9 +196,10 @@ def _read_model(folder: Path) -> DeepSeekV3:
     _check_copies(files, config, tensors)
 
     model = model.to_empty(device="cpu").eval()
-    model.inv_freq.copy_(rope_frequencies(config)[0])
-    for name, target in state_dict.published(config, model.state_dict()):
-        target.copy_(tensors[name])
+    with torch.no_grad():
+        model.inv_freq.copy_(rope_frequencies(config)[0])
+        for name, target in state_dict.published(config, model.state_dict()):
+            target.copy_(tensors[name])
     return model
 
 

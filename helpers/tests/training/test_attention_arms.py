@@ -33,13 +33,20 @@ def parameters(model):
 
 
 @each_arm
-def test_all_have_the_same_number_of_parameters_and_embeddings(arm):
+def test_all_have_the_same_number_of_parameters_and_shared_first_weights(arm):
     model = build(arm, CONFIG, seed=3)
     base = build(Arm("MLA"), CONFIG, seed=3)
     step = 3 * CONFIG.hidden_size  # a feed-forward one wider has so many more
     apart = abs(parameters(model) - parameters(base))
     assert apart <= CONFIG.num_hidden_layers * step / 2
-    assert torch.equal(model.embed_tokens.weight, base.embed_tokens.weight)
+    shared = dict(base.named_parameters())
+    same = []
+    for name, parameter in model.named_parameters():
+        if name in shared and shared[name].shape == parameter.shape:
+            assert torch.equal(parameter, shared[name]), name
+            same.append(name)
+    assert {"embed_tokens.weight", "lm_head.weight"} <= set(same)
+    assert "layers.1.self_attn.o_proj.weight" in same
     kinds = {type(block.self_attn) for block in model.layers}
     assert kinds == {MLA if arm.name == "MLA" else GQA}
 
