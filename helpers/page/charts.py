@@ -5,6 +5,7 @@ points, the live run a line or a star, and the legend says which is which. Every
 has its finding as the title and an alt text.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+WIDEST_TITLE = 85  # letters in a line of a title
 Names = Mapping[str, str]  # what the reader sees for an arm
 
 
@@ -27,8 +29,15 @@ class Labels(NamedTuple):
     y: str = ""
 
     def put_on(self, ax: Axes) -> None:
-        """Write title and axis labels."""
-        ax.set(title=self.title, xlabel=self.x, ylabel=self.y)
+        """Write title and axis labels. The title begins at the figure's left edge."""
+        ax.figure.suptitle(
+            textwrap.fill(self.title, WIDEST_TITLE),
+            x=0.01,
+            ha="left",
+            fontsize=11,
+            fontweight="bold",
+        )
+        ax.set(xlabel=self.x, ylabel=self.y)
 
 
 def curves(

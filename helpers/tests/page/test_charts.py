@@ -44,7 +44,7 @@ def test_curves_draw_a_band_of_recorded_seeds_and_the_live_line(drawn):
     [(fig, alt)] = drawn
     ax = fig.axes[0]
     assert alt == LABELS.alt
-    assert ax.get_title(loc="left") == LABELS.title
+    assert fig.get_suptitle() == LABELS.title
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("steps", "y")
     assert legend(fig) == [
         "MHA: 2 recorded seeds",
@@ -55,6 +55,17 @@ def test_curves_draw_a_band_of_recorded_seeds_and_the_live_line(drawn):
     assert ax.lines[0].get_ydata().tolist() == [3.0, 2.0]
     band = ax.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (3.0, 4.0)
+
+
+def test_a_long_title_is_broken_and_stays_within_the_figure(drawn):
+    long = LABELS._replace(title="a title that says much of what was found here " * 4)
+    charts.curves(two_arms(["live"]), "loss", long)
+    [(fig, _)] = drawn
+    fig.canvas.draw()
+    [title] = [text for text in fig.texts if text.get_text() == fig.get_suptitle()]
+    assert "\n" in title.get_text()
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.x1
 
 
 def test_without_a_live_run_the_line_is_the_mean(drawn):

@@ -1,5 +1,6 @@
 """Files in the published layout: written, read again, damaged, of other programs."""
 
+import copy
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ from pathlib import Path
 from helpers.tests.builders import draw, ids, small
 from helpers.v3 import DeepSeekV3, checkpoint
 from helpers.v3.checkpoint import INDEX, CheckpointError, Training
+from helpers.v3.gqa import GQA, GQAShape
 
 import pytest
 import torch
@@ -502,3 +504,23 @@ def test_a_pickle_is_never_loaded(files, model, tmp_path):
     assert not sprung.exists()
     pickle.loads(trap)
     assert sprung.exists()
+
+
+def test_a_model_with_another_attention_is_read_back_as_what_it_is(tmp_path):
+    config = small(num_nextn_predict_layers=0)
+    model = DeepSeekV3(config)
+    for block in model.layers:
+        block.self_attn = GQA(config.hidden_size, GQAShape(4, 2, 12, 8, 4))
+    checkpoint.save(model, tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="do not fit their config"):
+        checkpoint.load(tmp_path)
+
+    like = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in like.parameters():
+            parameter.zero_()
+    found = checkpoint.load(tmp_path, like)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    assert torch.equal(found.inv_freq, model.inv_freq)
+    assert not any(parameter.any() for parameter in like.parameters())
