@@ -93,8 +93,8 @@ def compare(
 
     A row for each arm, with n (seeds that both have), mean (arm - baseline), low and
     high (95 % t-interval), p (two-sided paired t-test), p_holm (corrected for the
-    number of arms here) and finding (see this module's rule). low, high and p are NaN
-    below two seeds. Raises InputError for a metric or an arm that is not there.
+    number of arms here; `together` does it for a whole page) and finding (see this
+    module's rule). low, high and p are NaN below two seeds. Raises InputError for a metric or an arm that is not there.
     """
     metrics = sorted(set(found["metric"]))
     need(metric in metrics, "metric", metric, f"use one of {', '.join(metrics)}")
@@ -117,6 +117,20 @@ def compare(
     table["finding"] = enough & (table["p_holm"] < 1 - LEVEL)
     table.index.name = "arm"
     return table
+
+
+def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """All comparisons of a page in one table, corrected for their number together.
+
+    tables: {name: what `compare` gives}; a row is called "arm minus name".
+    """
+    parts = []
+    for name, table in tables.items():
+        parts.append(table.rename(lambda arm, name=name: f"{arm} minus {name}"))
+    both = pd.concat(parts)
+    both["p_holm"] = holm(both["p"])
+    both["finding"] = (both["n"] >= LEAST_SEEDS) & (both["p_holm"] < 1 - LEVEL)
+    return both
 
 
 def _paired(differences: "pd.Series[float]") -> tuple[int, float, float, float, float]:

@@ -119,6 +119,7 @@ def test_only_seeds_that_both_arms_have_are_compared():
     assert row["mean"] == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_several_comparisons_of_nothing_are_rarely_findings():
     rng = np.random.default_rng(0)
     found_something = 0
@@ -132,6 +133,17 @@ def test_several_comparisons_of_nothing_are_rarely_findings():
         found_something += bool(table["finding"].any())
     # at the 5 % level about 10 of 200 pages; without the correction about 30
     assert found_something <= 18
+
+
+def test_comparisons_of_one_page_are_corrected_together():
+    found = of_seeds([0.02, 0.05, 0.03, 0.06, 0.01])
+    one = compare(found, "loss", baseline="a")
+    both = frames.together({"a": one, "b": compare(found, "loss", baseline="b")})
+    assert list(both.index) == ["b minus a", "a minus b"]
+    p = one.loc["b", "p"]
+    assert both["p_holm"].tolist() == pytest.approx([2 * p, 2 * p])
+    assert one.loc["b", "finding"] == (p < 0.05)
+    assert both["finding"].tolist() == [2 * p < 0.05] * 2
 
 
 def test_holm_is_the_published_procedure():
