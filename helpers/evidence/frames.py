@@ -94,7 +94,8 @@ def compare(
     A row for each arm, with n (seeds that both have), mean (arm - baseline), low and
     high (95 % t-interval), p (two-sided paired t-test), p_holm (corrected for the
     number of arms here; `together` does it for a whole page) and finding (see this
-    module's rule). low, high and p are NaN below two seeds. Raises InputError for a metric or an arm that is not there.
+    module's rule). low, high and p are NaN below two seeds. Raises InputError for a
+    metric or an arm that is not there.
     """
     metrics = sorted(set(found["metric"]))
     need(metric in metrics, "metric", metric, f"use one of {', '.join(metrics)}")
