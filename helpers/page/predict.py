@@ -29,6 +29,7 @@ class Guess:
         self.box = box
         self.after_seeing = False
         self.line: Shown | None = None
+        self.how = "Measured"
         box.observe(self._changed, names="value")
         # the question is plain text: it is read without a kernel, too
         display({"text/html": f"<p>{html.escape(question)}</p>"}, raw=True)
@@ -68,15 +69,16 @@ class NumberGuess(Guess):
         except ValueError:
             return None
 
-    def reveal(self, truth: float) -> None:
-        """Show what it is, and how far off the guess was."""
+    def reveal(self, truth: float, how: str = "Measured") -> None:
+        """Show what it is, and how far off the guess was; `how` it is known."""
         self.truth = float(truth)
+        self.how = how
         self._show()
 
     def _text(self) -> str:
         assert self.truth is not None
         unit = html.escape(self.unit)
-        measured = f"Measured: <b>{self.truth:,.4g} {unit}</b>."
+        measured = f"{self.how}: <b>{f'{self.truth:,.4g} {unit}'.strip()}</b>."
         if self.value is None:
             return measured
         off = self.value - self.truth
@@ -99,17 +101,18 @@ class ChoiceGuess(Guess):
         """The option that was chosen."""
         return self.box.value
 
-    def reveal(self, truth: str) -> None:
-        """Show which it is, and whether the guess was right.
+    def reveal(self, truth: str, how: str = "Measured") -> None:
+        """Show which it is, and whether the guess was right; `how` it is known.
 
         Raises InputError for what is none of the options.
         """
         need(truth in self.options, "truth", truth, f"use one of {self.options}")
         self.truth = truth
+        self.how = how
         self._show()
 
     def _text(self) -> str:
-        measured = f"Measured: <b>{html.escape(str(self.truth))}</b>."
+        measured = f"{self.how}: <b>{html.escape(str(self.truth))}</b>."
         if self.value is None:
             return measured
         right = "right" if self.value == self.truth else "not so"
