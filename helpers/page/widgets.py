@@ -33,18 +33,23 @@ class Shown:
 
 def what_if(
     control: ValueWidget | Sequence[ValueWidget], draw: Callable[..., None]
-) -> Shown:
+) -> None:
     """Display `control`, or several of them, above the figure that `draw` shows.
 
     draw: called with the value of each control, now and whenever one of them changes.
     It shows one figure by `figures.show`. The figure is an ordinary output, so that
-    pages without a kernel have it too. -> the figure's place.
+    pages without a kernel have it too.
 
     What the first call raises leaves the cell, as from any other line. What a later one
     raises stands in the picture's place, in one line, and the controls go on working:
     the reader has no other place to see it.
     """
     controls = [control] if isinstance(control, ValueWidget) else list(control)
+    follow(controls, draw)
+
+
+def follow(controls: Sequence[ValueWidget], draw: Callable[..., None]) -> Shown:
+    """`what_if`; -> the place of the figure."""
 
     def picture() -> str:
         return drawn(draw, [one.value for one in controls])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers.checks import Count, NonNegative, Whole, check_fields, need
+from helpers.checks import Count, NonNegative, Whole, check_fields
 from helpers.reasoning import countdown, posttraining
 from helpers.reasoning.rollout import (
     LanguageModel,
@@ -174,12 +174,11 @@ def sft(
     """A copy of `base` fine-tuned on (prompt, answer) texts, and the history of it.
 
     Or the finished or half-finished one of exactly these. The history has the loss of
-    each step. Raises InputError without examples, ValueError for a folder of another
-    run, TrainingDiverged.
+    each step. Without examples it is the base as it was, and a printed line says so.
+    Raises ValueError for a folder of another run, TrainingDiverged.
     """
-    need(
-        len(examples) > 0, "examples", examples, "at least one is needed to learn from"
-    )
+    if not examples:
+        print(f"{label}: there are no examples, so nothing is learnt")
     examples_key = key(examples=examples)
     run = posttraining.begin(base, settings, label, folder, examples=examples_key)
     trainer = SFTTrainer(run.model, examples, settings)

@@ -179,7 +179,9 @@ def test_continuous_integration_runs_the_readme_command():
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
     program = re.search(r"awk '([^']+)' README\.md", text).group(1)
-    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(
+        encoding="utf-8"
+    )
     assert program in workflow
     command = ["awk", program, "README.md"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout

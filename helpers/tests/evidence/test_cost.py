@@ -378,10 +378,9 @@ def test_every_rate_has_its_peak():
 # --------------------------------------------------------------------------- sliders
 
 MOVE_EACH_SLIDER = """
-from ipywidgets import HTML
-from ipywidgets.widgets.widget import _instances
-pages = [w for w in _instances.values() if isinstance(w, HTML)]
-[picture] = [w for w in pages if w.value.startswith("<img")]
+from helpers.page.widgets import follow
+picture = follow(sliders, bill)
+assert picture.value.startswith("<img")
 for slider in sliders:
     before, old = picture.value, slider.value
     slider.value = slider.max

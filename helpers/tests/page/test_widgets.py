@@ -38,7 +38,7 @@ def control() -> IntSlider:
 
 @pytest.fixture
 def picture(control, displayed) -> widgets.Shown:
-    place = widgets.what_if(control, draw_share)
+    place = widgets.follow([control], draw_share)
     [box] = displayed
     assert box.children == (control,)
     return place
@@ -87,7 +87,7 @@ def test_a_message_is_never_empty(displayed):
         figures.show(fig, "nothing")
 
     slider = IntSlider(value=0)
-    place = widgets.what_if(slider, draw)
+    place = widgets.follow([slider], draw)
     slider.value = 1
     assert "Cannot be drawn: StopIteration" in place.value
 
@@ -95,7 +95,8 @@ def test_a_message_is_never_empty(displayed):
 def test_without_a_kernel_there_is_a_picture_and_a_hint(shell):
     slider = IntSlider(value=8)
     with capture_output() as caught:
-        widgets.what_if(slider, draw_share)
+        # a value would be shown below the picture
+        assert widgets.what_if(slider, draw_share) is None
     controls, figure = (output.data for output in caught.outputs)
     assert controls["application/vnd.jupyter.widget-view+json"]["model_id"]
     assert controls["text/plain"] == widgets.NO_KERNEL
@@ -118,7 +119,7 @@ def test_several_controls(displayed):
 
     width = IntSlider(value=1)
     height = FloatSlider(value=2.0)
-    place = widgets.what_if([width, height], draw)
+    place = widgets.follow([width, height], draw)
     [box] = displayed
     assert box.children == (width, height)
     height.value = 3.5

@@ -68,9 +68,12 @@ def test_a_setting_that_cannot_work_is_named(change):
         SFT(**change)
 
 
-def test_no_examples_are_refused_before_a_model_is_copied(base):
-    with pytest.raises(InputError, match="examples=.* cannot work: at least one"):
-        sft(base, [], LESSON, "sft")
+def test_without_examples_nothing_is_learnt_and_it_is_said(base, capsys):
+    model, history = sft(base, [], LESSON, "the first lesson")
+    assert "the first lesson: there are no examples" in capsys.readouterr().out
+    assert history["loss"] == []
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def mean_loss(model):
