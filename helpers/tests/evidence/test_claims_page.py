@@ -139,9 +139,8 @@ _ = Path(CASES).with_name("answers.json").write_text(
 assert drafts["missing"] == "not yet measured" and drafts["recorded"][0].isdigit()
 assert drafts["numbers as text"] == drafts["cut in half"] == "result unreadable"
 
-from ipywidgets import HTML
-from ipywidgets.widgets.widget import _instances
-[picture] = [widget for widget in _instances.values() if isinstance(widget, HTML)]
+from helpers.page.widgets import follow
+picture = follow([control], tiles)
 seen = set()
 for control.value in FILTERS:
     seen.add(picture.value)
