@@ -179,7 +179,8 @@ def test_a_number_is_known_if_a_value_rounds_to_it(number, known):
 
 def test_values_come_from_outputs_and_results(tmp_path):
     file = tmp_path / "01.json"
-    file.write_text(json.dumps({"seeds": {"0": {"loss": [3.25, True]}}}))
+    text = json.dumps({"seeds": {"0": {"loss": [3.25, True]}}})
+    file.write_text(text, encoding="utf-8")
     picture = '<img style="max-width: 100%" alt="MLA 70.3 kB" src="data:x,999">'
     notebook = page(
         code(

@@ -71,7 +71,9 @@ def test_a_damaged_file_leaves_the_live_run_and_a_line(capsys):
 def test_results_without_arms_are_no_part_of_a_frame():
     results.record(NAME, {}, 0, {"loss": [1.0]}, runs={})
     assert frame(NAME, {}).empty
-    assert json.loads((results.results_dir() / f"{NAME}.json").read_text())
+    assert json.loads(
+        (results.results_dir() / f"{NAME}.json").read_text(encoding="utf-8")
+    )
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
