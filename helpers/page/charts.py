@@ -1,8 +1,8 @@
 """The few kinds of figures that the pages draw, each in one call.
 
-They take the frames of `helpers.evidence.frames`. Recorded seeds are a band or small
-points, the live run a line or a star, and the legend says which is which. Every figure
-has its finding as the title and an alt text.
+`curves` and `differences` take what `helpers.evidence.frames` gives, the others any
+frame. Recorded seeds are a band and the live run a line, and the legend says which is
+which. Every figure has its finding as the title and an alt text.
 """
 
 import textwrap
