@@ -6,7 +6,7 @@ which. Every figure has its finding as the title and an alt text.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from helpers.page.figures import COLORS, show, style
@@ -47,12 +47,14 @@ def curves(
     arms: Sequence[str] | None = None,
     names: Names | None = None,
     log_x: bool = False,
+    level: float | None = None,
 ) -> None:
     """A metric over the steps: a line for the live run, a band for recorded seeds.
 
     found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
     band goes from the lowest to the highest recorded seed; without a live run the line
     is the mean of the recorded ones. log_x: the steps grow by factors, each is named.
+    level: a value that the curves are read against, drawn as a thin line.
     """
     of_metric = found[found["metric"] == metric]
     if arms is None:
@@ -62,6 +64,8 @@ def curves(
         name = (names or {}).get(arm, arm)
         _curve(ax, of_metric[of_metric["arm"] == arm], name, i)
     labels.put_on(ax)
+    if level is not None:
+        ax.axhline(level, color="black", linewidth=1)
     if log_x:
         steps = sorted(of_metric["step"].unique())
         ax.set_xscale("log")
@@ -133,7 +137,6 @@ def differences(
 def bars(
     values: pd.DataFrame,
     labels: Labels,
-    log: bool = False,
     form: str = "{:,.3g}",
     guess: float | None = None,
     limits: tuple[float, float] | None = None,
@@ -141,9 +144,8 @@ def bars(
     """A bar for each row of `values`, with its number written beside it.
 
     values: its first column is drawn; columns "low" and "high", if there are any, are
-    the ends of an interval. log: a logarithmic axis, where values differ by powers of
-    ten. guess: the reader's, drawn as a dotted line. limits: the ends of the axis, for
-    a figure that is drawn anew as a control moves.
+    the ends of an interval. guess: the reader's, drawn as a dotted line. limits: the
+    ends of the axis, for a figure that is drawn anew as a control moves.
     """
     fig, ax = plt.subplots(figsize=(8, 1.0 + 0.42 * len(values)))
     drawn = values.iloc[:, 0]
@@ -154,26 +156,106 @@ def bars(
         for place, low, high in zip(places, values["low"], values["high"], strict=True):
             ax.plot([low, high], [place, place], color="black", linewidth=1.2)
         ends = values[["high"]].max(axis=1)
-    for place, value, end in zip(places, drawn, ends, strict=True):
-        ax.annotate(
-            form.format(value),
-            (end, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    if log:
-        ax.set_xscale("log")
+    _write_beside(ax, [form.format(value) for value in drawn], ends)
     ax.margins(x=0.12)
+    _name_rows(ax, values, limits, guess)
+    labels.put_on(ax)
+    show(fig, labels.alt)
+
+
+def dots(
+    values: pd.DataFrame,
+    labels: Labels,
+    form: str = "{:,.3g}",
+    guess: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """As `bars`, for values that differ by powers of ten: dots on a logarithmic axis.
+
+    (A bar has no length there: the axis has no zero to begin at.)
+    """
+    fig, ax = plt.subplots(figsize=(8, 1.0 + 0.42 * len(values)))
+    drawn = values.iloc[:, 0]
+    ax.plot(drawn, np.arange(len(values)), "o", color=COLORS[0], markersize=7)
+    _write_beside(ax, [form.format(value) for value in drawn], drawn)
+    ax.set_xscale("log")
+    ax.margins(x=0.15)
+    _name_rows(ax, values, limits, guess)
+    labels.put_on(ax)
+    show(fig, labels.alt)
+
+
+def _write_beside(ax: Axes, texts: Sequence[str], ends: Iterable[float]) -> None:
+    """Write a text to the right of each row's end."""
+    for place, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        ax.annotate(
+            text, (end, place), xytext=(6, 0), textcoords="offset points", va="center"
+        )
+
+
+def _name_rows(
+    ax: Axes,
+    values: pd.DataFrame,
+    limits: tuple[float, float] | None,
+    guess: float | None,
+) -> None:
+    """Rows from the top, with their names; the reader's guess as a dotted line."""
     if limits is not None:
         ax.set_xlim(limits)
     if guess is not None:
         ax.axvline(guess, color=COLORS[1], linestyle=":", label="your guess")
         ax.legend()
-    labels.put_on(ax)
-    ax.set(yticks=places, yticklabels=list(values.index))
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(values)), yticklabels=list(values.index))
+    ax.set_ylim(len(values) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
+
+
+def roofline(
+    points: pd.DataFrame,
+    flop_rate: float,
+    byte_rate: float,
+    labels: Labels,
+) -> None:
+    """Work as points under a processor's roof: what limits each of them?
+
+    points: columns "kind" (colour and marker), "name" (written at the point) and
+    "intensity", FLOP per byte. flop_rate in FLOP/s, byte_rate in bytes/s. The roof is
+    the smaller of intensity * byte_rate and flop_rate; its bend is the ridge.
+    """
+    ridge = flop_rate / byte_rate
+    fig, ax = plt.subplots(figsize=(8, 4.4))
+    ends = np.array([0.5, ridge, max(4096, 4 * points["intensity"].max())])
+    ax.plot(ends, np.minimum(ends * byte_rate, flop_rate) / 1e12, color="black")
+    ax.axvline(ridge, color="black", linewidth=0.8, linestyle=":")
+    for i, (kind, of_kind) in enumerate(points.groupby("kind", sort=False)):
+        reached = np.minimum(of_kind["intensity"] * byte_rate, flop_rate) / 1e12
+        look = style(i, marker=True) | {"linestyle": "none", "markersize": 8}
+        ax.plot(of_kind["intensity"], reached, label=kind, **look)
+        # names of kinds stand on different sides of the roof, so that they keep apart
+        up = i % 2 == 0
+        places = zip(of_kind["name"], of_kind["intensity"], reached, strict=True)
+        for name, x, y in places:
+            ax.annotate(
+                name,
+                (x, y),
+                xytext=(-7, 5) if up else (7, -5),
+                textcoords="offset points",
+                ha="right" if up else "left",
+                va="bottom" if up else "top",
+                fontsize=8,
+                color=look["color"],
+            )
+    ax.annotate(
+        f"ridge: {ridge:.0f} FLOP per byte",
+        (ridge, ax.get_ylim()[0]),
+        xytext=(4, 6),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    labels.put_on(ax)
+    ax.set(xscale="log", yscale="log")
+    ax.set_ylim(top=3 * flop_rate / 1e12)
+    ax.legend(loc="lower right")
     show(fig, labels.alt)
 
 

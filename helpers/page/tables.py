@@ -1,6 +1,7 @@
 """A table on a page: a pandas frame with formats, and a caption that says what."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 from IPython.display import display
@@ -13,19 +14,22 @@ STYLES = [
 
 
 def table(
-    frame: pd.DataFrame, caption: str, formats: Mapping[str, str] | None = None
+    frame: pd.DataFrame,
+    caption: str,
+    formats: Mapping[Any, str] | None = None,
 ) -> None:
     """Display `frame`. A missing number is a dash.
 
     formats: {column: format}, such as {"loss": "{:.3f}", "share": "{:.0%}"}; other
-    floats get four significant digits. Text is escaped.
+    floats get four significant digits. With columns of two levels a format belongs to
+    both, {("naive", "seconds"): "{:.1f}"}. Text is escaped.
     """
-    chosen: dict[str, str] = {}
+    chosen: dict[Hashable, str] = {}
     for name, kind in frame.dtypes.items():
         if pd.api.types.is_float_dtype(kind):
-            chosen[str(name)] = NUMBERS
+            chosen[name] = NUMBERS
         elif pd.api.types.is_integer_dtype(kind):
-            chosen[str(name)] = "{:,}"
+            chosen[name] = "{:,}"
     chosen |= formats or {}
     # a fixed uuid: the same table is the same HTML, so that git shows real changes only
     looks = frame.style.format(chosen, na_rep="–", escape="html")

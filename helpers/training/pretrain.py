@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,7 +162,10 @@ def max_violation(load: Tensor) -> float:
 
 
 class Pretrainer:
-    """The steps of pre-training, for `loop.train_in_steps`."""
+    """The steps of pre-training, for `loop.train_in_steps`.
+
+    Raises ValueError for a corpus or a length that does not fit the model.
+    """
 
     def __init__(
         self,
@@ -171,6 +174,7 @@ class Pretrainer:
         settings: Settings,
         world: World,
     ) -> None:
+        _check_that_they_fit(model.config, corpus, settings)
         self.model = model
         self.corpus = corpus
         self.settings = settings
@@ -185,6 +189,33 @@ class Pretrainer:
         self.batch_losses: Losses
         self.means: list[float]
         model.train()
+
+    def plan(self, label: str, folder: str | Path | None = None) -> Plan:
+        """This run, to be followed, or changed first.
+
+        A module that has built the model itself puts its own name into `Plan.module`,
+        so that a run does not outlive a change of it.
+        """
+        return Plan(
+            steps=self.settings.steps,
+            identity={
+                "config": asdict(self.model.config),
+                "settings": asdict(self.settings),
+                "corpus": self.corpus.hash,
+                "precision": self.recipe and asdict(self.recipe),
+            },
+            module=__spec__.name,  # __name__ is "__main__" under `python -m`
+            tokenizer=self.corpus.tokenizer,
+            label=label,
+            folder=Path(folder) if folder else None,
+        )
+
+    def follow(self, plan: Plan) -> History:
+        """Do what is left of the plan; -> the history, as `train` describes it."""
+        settings = self.settings
+        return train_in_steps(
+            self, lambda step: learning_rate(step, settings), plan, self.world
+        )
 
     def gradients(self, step: int) -> float:
         """Forward and backward pass of the batch; -> its loss."""
@@ -249,6 +280,22 @@ class Pretrainer:
         return self.world.total(counts.clone()) / self.world.size
 
 
+def _check_that_they_fit(
+    config: V3Config, corpus: text.Corpus, settings: Settings
+) -> None:
+    """ValueError for a vocabulary or a length that the model cannot work with."""
+    if corpus.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is too small for a corpus of "
+            f"{corpus.vocab_size} tokens"
+        )
+    if settings.length <= config.num_nextn_predict_layers:
+        raise ValueError(
+            f"length={settings.length} is too short for "
+            f"num_nextn_predict_layers={config.num_nextn_predict_layers}"
+        )
+
+
 def train(
     model: DeepSeekV3,
     corpus: text.Corpus,
@@ -266,36 +313,9 @@ def train(
     Raises ValueError for a folder of another run, a text too short, a vocabulary too
     large; TrainingDiverged for a loss that is not finite.
     """
-    config = model.config
-    if corpus.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"vocab_size={config.vocab_size} is too small for a corpus of "
-            f"{corpus.vocab_size} tokens"
-        )
-    if settings.length <= config.num_nextn_predict_layers:
-        raise ValueError(
-            f"length={settings.length} is too short for "
-            f"num_nextn_predict_layers={config.num_nextn_predict_layers}"
-        )
-    world = world or World()
-    trainer = Pretrainer(model, corpus, settings, world)
-    plan = Plan(
-        steps=settings.steps,
-        identity={
-            "config": asdict(config),
-            "settings": asdict(settings),
-            "corpus": corpus.hash,
-            "precision": trainer.recipe and asdict(trainer.recipe),
-        },
-        module=__spec__.name,  # __name__ is "__main__" under `python -m`
-        tokenizer=corpus.tokenizer,
-        label=label,
-        folder=Path(folder) if folder else None,
-        save_every=save_every,
-    )
-    return train_in_steps(
-        trainer, lambda step: learning_rate(step, settings), plan, world
-    )
+    trainer = Pretrainer(model, corpus, settings, world or World())
+    plan = replace(trainer.plan(label, folder), save_every=save_every)
+    return trainer.follow(plan)
 
 
 def run(

@@ -27,10 +27,17 @@ class GQAShape(NamedTuple):
     qk_dim: int  # of a query and a key
     v_dim: int
     rope_dim: int
+    one_position_key: bool = False  # the turned part of a key is shared, as in MLA
+
+    def in_keys(self) -> int:
+        """Numbers of a token's keys, over all groups."""
+        position_keys = 1 if self.one_position_key else self.groups
+        content = self.groups * (self.qk_dim - self.rope_dim)
+        return content + position_keys * self.rope_dim
 
     def cached(self) -> int:
         """Numbers kept per token: keys and values of all groups."""
-        return self.groups * (self.qk_dim + self.v_dim)
+        return self.in_keys() + self.groups * self.v_dim
 
 
 class GQA(nn.Module):
@@ -43,12 +50,12 @@ class GQA(nn.Module):
 
     def __init__(self, hidden_size: int, shape: GQAShape) -> None:
         super().__init__()
-        h, g, d, dv, dr = shape
+        h, g, d, dv, dr, _ = shape
         need(h % g == 0, "groups", g, f"it must divide heads={h}")
         need(dr <= d, "rope_dim", dr, f"a key has only {d} numbers")
         self.shape = shape
         self.q_proj = nn.Linear(hidden_size, h * d, bias=False)
-        self.k_proj = nn.Linear(hidden_size, g * d, bias=False)
+        self.k_proj = nn.Linear(hidden_size, shape.in_keys(), bias=False)
         self.v_proj = nn.Linear(hidden_size, g * dv, bias=False)
         self.o_proj = nn.Linear(h * dv, hidden_size, bias=False)
 
@@ -67,7 +74,7 @@ class GQA(nn.Module):
         d = self.shape.qk_dim
         dv = self.shape.v_dim
         q = self._turned(self.q_proj(x).unflatten(-1, (-1, d)), rope)
-        k = self._turned(self.k_proj(x).unflatten(-1, (-1, d)), rope)
+        k = self._turned(self._keys(x), rope)
         # equal widths keep the fused kernel, as in MLA
         v = F.pad(self.v_proj(x).unflatten(-1, (-1, dv)), (0, d - dv))
 
@@ -80,6 +87,16 @@ class GQA(nn.Module):
             is_causal=True,
         )
         return self.o_proj(out.transpose(1, 2)[..., :dv].flatten(2))
+
+    def _keys(self, x: Tensor) -> Tensor:
+        """x [B, T, H] -> keys [B, T, g, d], not yet turned."""
+        _, g, d, _, dr, one_position_key = self.shape
+        k = self.k_proj(x)
+        if not one_position_key:
+            return k.unflatten(-1, (g, d))
+        content, position = k.split((g * (d - dr), dr), dim=-1)
+        position = position.unsqueeze(2).expand(-1, -1, g, -1)
+        return torch.cat((content.unflatten(-1, (g, d - dr)), position), dim=-1)
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
         """x [B, T, heads, d] with its last dr numbers turned."""

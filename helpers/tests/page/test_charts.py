@@ -96,14 +96,48 @@ def test_bars_carry_their_numbers_and_intervals(drawn):
         {"kB": [70.3, 516.0], "low": [60, 500], "high": [80, 530]},
         index=["MLA", "GQA"],
     )
-    charts.bars(values, LABELS, log=True, form="{:,.0f} kB", guess=100)
+    charts.bars(values, LABELS, form="{:,.0f} kB", guess=100)
     [(fig, _)] = drawn
     ax = fig.axes[0]
     assert [text.get_text() for text in ax.texts] == ["70 kB", "516 kB"]
-    assert ax.get_xscale() == "log"
+    assert ax.get_xscale() == "linear"  # a bar begins at zero
     assert [bar.get_width() for bar in ax.patches] == [70.3, 516.0]
     # the interval of each bar, and the guess
     assert len(ax.lines) == 3
+
+
+def test_dots_for_values_that_differ_by_powers_of_ten(drawn):
+    values = pd.DataFrame({"GB": [9.2, 655.0]}, index=["MLA", "MHA"])
+    charts.dots(values, LABELS, form="{:.0f} GB", guess=100, limits=(1, 1000))
+    [(fig, _)] = drawn
+    ax = fig.axes[0]
+    assert ax.get_xscale() == "log" and ax.get_xlim() == (1, 1000)
+    assert [text.get_text() for text in ax.texts] == ["9 GB", "655 GB"]
+    assert ax.lines[0].get_xdata().tolist() == [9.2, 655.0]
+    assert legend(fig) == ["your guess"]
+    rows = [text.get_text() for text in ax.get_yticklabels()]
+    assert rows == ["MLA", "MHA"] and ax.yaxis_inverted()
+
+
+def test_a_roofline_bends_at_its_ridge_and_carries_the_points(drawn):
+    points = pd.DataFrame(
+        [("decode", "one text", 2.0), ("decode", "64", 50.0), ("prompt", "4K", 900.0)],
+        columns=["kind", "name", "intensity"],
+    )
+    charts.roofline(points, flop_rate=100e12, byte_rate=1e12, labels=LABELS)
+    [(fig, _)] = drawn
+    ax = fig.axes[0]
+    x, y = ax.lines[0].get_data()
+    assert x[1] == 100 and y.tolist()[1:] == [100, 100] and y[0] == x[0]
+    reached = {line.get_label(): line.get_ydata().tolist() for line in ax.lines[2:]}
+    assert reached == {"decode": [2.0, 50.0], "prompt": [100.0]}
+    assert {text.get_text() for text in ax.texts} >= {"one text", "64", "4K"}
+
+
+def test_a_level_that_curves_are_read_against(drawn):
+    charts.curves(two_arms(["live"]), "loss", LABELS, arms=["a"], level=2.5)
+    [(fig, _)] = drawn
+    assert [*fig.axes[0].lines[-1].get_ydata()] == [2.5, 2.5]
 
 
 def test_a_heat_map_writes_its_numbers_in_an_ink_that_can_be_read(drawn):
