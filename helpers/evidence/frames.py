@@ -93,7 +93,7 @@ def compare(
 
     A row for each arm, with n (seeds that both have), mean (arm - baseline), low and
     high (95 % t-interval), p (two-sided paired t-test), p_holm (corrected for the
-    number of arms here; `together` does it for a whole page) and finding (see this
+    number of arms here; `pairs` does it for a whole page) and finding (see this
     module's rule). low, high and p are NaN below two seeds. Raises InputError for a
     metric or an arm that is not there.
     """
@@ -109,6 +109,38 @@ def compare(
         need(arm in values, "arms", arm, f"use some of {known}")
         differences = (values[arm] - values[baseline]).dropna()
         rows[arm] = _paired(differences)
+    return _judged(rows)
+
+
+def pairs(
+    found: pd.DataFrame, chosen: Mapping[str, Sequence[tuple[str, str]]]
+) -> pd.DataFrame:
+    """The comparisons of a whole page: as `compare`, for chosen pairs of arms.
+
+    chosen: {metric: [(arm, baseline)]}; a row is called "arm minus baseline", and has a
+    column "metric" before those of `compare`. p_holm is corrected for all of them
+    together. A pair of which nothing is recorded has n = 0.
+    """
+    rows = {}
+    metrics = []
+    for metric, of_metric in chosen.items():
+        values = at_the_end(found, metric)
+        for arm, baseline in of_metric:
+            differences = pd.Series(dtype=float)
+            if arm in values and baseline in values:
+                differences = (values[arm] - values[baseline]).dropna()
+            rows[metric, f"{arm} minus {baseline}"] = _paired(differences)
+            metrics.append(metric)
+    table = _judged(rows)
+    table.index = pd.Index([name for _, name in rows], name="arm")
+    table.insert(0, "metric", metrics)
+    return table
+
+
+def _judged(
+    rows: Mapping[Any, tuple[int, float, float, float, float]],
+) -> pd.DataFrame:
+    """Rows of `_paired` as a table, corrected for their number."""
     table = pd.DataFrame.from_dict(
         rows, orient="index", columns=["n", "mean", "low", "high", "p"]
     )
@@ -118,20 +150,6 @@ def compare(
     table["finding"] = enough & (table["p_holm"] < 1 - LEVEL)
     table.index.name = "arm"
     return table
-
-
-def together(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """All comparisons of a page in one table, corrected for their number together.
-
-    tables: {name: what `compare` gives}; a row is called "arm minus name".
-    """
-    parts = []
-    for name, table in tables.items():
-        parts.append(table.rename(lambda arm, name=name: f"{arm} minus {name}"))
-    both = pd.concat(parts)
-    both["p_holm"] = holm(both["p"])
-    both["finding"] = (both["n"] >= LEAST_SEEDS) & (both["p_holm"] < 1 - LEVEL)
-    return both
 
 
 def _paired(differences: "pd.Series[float]") -> tuple[int, float, float, float, float]:

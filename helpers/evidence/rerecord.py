@@ -33,25 +33,40 @@ class Part(NamedTuple):
         return f"seed {self.seed}" + (f", {self.arm}" if self.arm else "")
 
 
-def rerecord(notebook: Path, seeds: Sequence[int], arm: str | None = None) -> None:
+def rerecord(
+    notebook: Path,
+    seeds: Sequence[int],
+    arm: str | None = None,
+    also_train: Sequence[str] = (),
+) -> None:
     """Run `notebook` for each seed, and each of its arms, that is not up to date.
 
-    arm: only this one. The notebook's parameters cell has `seeds` and may have `arms`;
-    it records each seed as `results.record(NOTEBOOK, ...)`, with `keep_arms` where it
-    has arms. Progress is printed. InputError for a notebook, seed or arm that does not
-    exist; RecordingFailed at the first part that fails.
+    arm: only this one. also_train: what goes into the notebook's parameter of that name
+    (longer runs and sweeps, that it records under other names); then no seed is passed
+    over, since only the notebook knows whether those are up to date.
+
+    The notebook's parameters cell has `seeds` and may have `arms` and `also_train`; it
+    records each seed as `results.record(NOTEBOOK, ...)`, with `keep_arms` where it has
+    arms. Progress is printed. InputError for a notebook, seed, arm or further training
+    that does not exist; RecordingFailed at the first part that fails.
     """
     need(notebook.is_file(), "notebook", notebook.stem, "there is no such notebook")
     defaults = stored.defaults_of(notebook)
     parts = _parts(defaults, seeds, arm)
+    values = {}
+    if also_train:
+        remedy = "this notebook has no further trainings"
+        need("also_train" in defaults, "also_train", list(also_train), remedy)
+        values["also_train"] = list(also_train)
     for number, part in enumerate(parts, start=1):
         where = f"[{number}/{len(parts)}] {notebook.stem}, {part}"
-        if _missing(notebook.stem, part, defaults, Judge()) is None:
+        missing = _missing(notebook.stem, part, defaults, Judge())
+        if missing is None and not also_train:
             print(f"{where}: up to date", flush=True)
             continue
         print(f"{where}: running", flush=True)
         began = time.monotonic()
-        _run(notebook, part, defaults)
+        _run(notebook, part, defaults, values)
         missing = _missing(notebook.stem, part, defaults, Judge())
         if missing:
             raise RecordingFailed(f"{where}: it ran to its end, but {missing}")
@@ -95,14 +110,19 @@ def _missing(
     return None if verdict in stored.UP_TO_DATE else f"{file.name} says: {verdict}"
 
 
-def _run(notebook: Path, part: Part, defaults: dict[str, Any]) -> None:
-    """Execute the notebook in a fresh kernel, and drop the notebook that it gives."""
+def _run(
+    notebook: Path, part: Part, defaults: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """Execute the notebook in a fresh kernel, and drop the notebook that it gives.
+
+    more: values of other parameters than seeds and arms.
+    """
     # Here, since papermill takes seconds to import, and whoever only draws recorded
     # numbers does not need it.
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    values: dict[str, Any] = {}
+    values = dict(more)
     if "seeds" in defaults:
         values["seeds"] = [part.seed]
     if part.arm is not None:

@@ -216,6 +216,12 @@ def main(
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arm", help="only this one of the notebook's `arms`")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        help="further trainings, for the notebook's `also_train`, such as long",
+    )
     chosen = parser.parse_args(arguments)
     if chosen.check:
         return check()
@@ -224,7 +230,7 @@ def main(
         return 0
     try:
         notebook = notebooks / f"{chosen.record.removesuffix('.ipynb')}.ipynb"
-        rerecord(notebook, chosen.seeds, chosen.arm)
+        rerecord(notebook, chosen.seeds, chosen.arm, chosen.also)
     except (RecordingFailed, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

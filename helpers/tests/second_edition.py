@@ -5,9 +5,7 @@ ones that have each fault.
 """
 
 import html
-import json
 import re
-from pathlib import Path
 
 from helpers.tests import reading
 
@@ -25,8 +23,16 @@ NAMES = re.compile(
     r"|H[128]00|\bFP8\b|\bBF16\b|float32|\b\d+K\b|arXiv:[\d.]+|sections? [\d.]+"
     r"|Tables? \d+|95 %|equations? \d+"
 )
-# A share is written in percent, and large numbers in thousands, millions or billions.
-SCALES = (1, 100, 1e-3, 1e-6, 1e-9)
+# What a value was multiplied by, said by the word behind the number.
+SCALES = {
+    "%": 100,
+    "thousand": 1e-3,
+    "kB": 1e-3,
+    "million": 1e-6,
+    "MB": 1e-6,
+    "billion": 1e-9,
+    "GB": 1e-9,
+}
 
 
 def long_cells(notebook: NotebookNode, limit: int) -> list[str]:
@@ -107,9 +113,14 @@ def raw_widgets(notebook: NotebookNode) -> list[str]:
 # ----------------------------------------------------------------- numbers of findings
 
 
-def numbers_in(text: str) -> list[str]:
-    """The numbers of a text, as they are written; names that hold digits left out."""
-    return NUMBER.findall(NAMES.sub(" ", text))
+def numbers_in(text: str) -> list[tuple[str, str]]:
+    """(number, the word behind it) as they are written; names with digits left out."""
+    plain = NAMES.sub(" ", text)
+    found = []
+    for match in NUMBER.finditer(plain):
+        behind = plain[match.end() :].split(maxsplit=1)
+        found.append((match.group(), behind[0].strip(".,;:)") if behind else ""))
+    return found
 
 
 def findings(notebook: NotebookNode) -> list[tuple[str, str]]:
@@ -124,8 +135,8 @@ def findings(notebook: NotebookNode) -> list[tuple[str, str]]:
     return found
 
 
-def known_values(notebook: NotebookNode, files: list[Path]) -> list[float]:
-    """All numbers of the notebook's outputs and of the files of recorded results."""
+def known_values(notebook: NotebookNode) -> list[float]:
+    """All numbers of the notebook's outputs, those of alt texts among them."""
     values = []
     for output in reading.outputs(notebook):
         for kind, text in reading.texts(output):
@@ -135,8 +146,6 @@ def known_values(notebook: NotebookNode, files: list[Path]) -> list[float]:
                 )
                 text = html.unescape(re.sub(r"<[^>]*>", " ", text) + _alts(text))
             values += [float(as_typed(number)) for number in _all_numbers(text)]
-    for file in files:
-        values += _leaves(json.loads(file.read_text(encoding="utf-8")))
     return values
 
 
@@ -153,18 +162,11 @@ def as_typed(number: str) -> str:
     return number.replace(",", "").replace("−", "-").lstrip("+±")
 
 
-def _leaves(data: object) -> list[float]:
-    if isinstance(data, dict):
-        return [leaf for value in data.values() for leaf in _leaves(value)]
-    if isinstance(data, list):
-        return [leaf for value in data for leaf in _leaves(value)]
-    if isinstance(data, (int, float)) and not isinstance(data, bool):
-        return [float(data)]
-    return []
+def is_known(number: str, unit: str, values: list[float]) -> bool:
+    """Whether some value, rounded as the number is written, is the number.
 
-
-def is_known(number: str, values: list[float]) -> bool:
-    """Whether some value, rounded as the number is written, is the number."""
+    unit: the word behind the number; "%" and "million" say how a value was scaled.
+    """
     typed = as_typed(number)
     decimals = len(typed.partition(".")[2])
     wanted = abs(float(typed))
@@ -174,16 +176,20 @@ def is_known(number: str, values: list[float]) -> bool:
     return any(
         abs(abs(value) * scale - wanted) <= reach
         for value in values
-        for scale in SCALES
+        for scale in (1, SCALES.get(unit, 1))
     )
 
 
-def unknown_numbers(notebook: NotebookNode, files: list[Path]) -> list[str]:
-    """Numbers of findings that are in no output and no recorded result."""
-    values = known_values(notebook, files)
+def unknown_numbers(notebook: NotebookNode) -> list[str]:
+    """Numbers of findings that are in none of the page's outputs.
+
+    Recorded results do not count: among hundreds of values one always fits. What a
+    finding says must stand on its page.
+    """
+    values = known_values(notebook)
     found = []
     for cell, text in findings(notebook):
-        for number in numbers_in(text):
-            if not is_known(number, values):
-                found.append(f"{cell}: {number} is nowhere in the outputs or results")
+        for number, unit in numbers_in(text):
+            if not is_known(number, unit, values):
+                found.append(f"{cell}: {number} is nowhere in the outputs")
     return found

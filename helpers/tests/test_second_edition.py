@@ -1,12 +1,10 @@
 """The notebooks of the second edition are what design asks of them."""
 
-import json
 import warnings
 
-from helpers.evidence import stored
 from helpers.evidence.results import REWRITTEN
 from helpers.tests import reading, second_edition
-from helpers.tests.reading import NOTEBOOKS, RESULTS
+from helpers.tests.reading import NOTEBOOKS
 
 import nbformat
 import pytest
@@ -28,12 +26,6 @@ def following(path):
     return NOTEBOOKS[place + 1].name if place + 1 < len(NOTEBOOKS) else None
 
 
-def results_of(path):
-    """The files in which the notebook's numbers are recorded."""
-    files = RESULTS.glob("*.json")
-    return [file for file in files if stored.notebook_of(file.stem) == path]
-
-
 @each_page
 def test_no_cell_is_too_long(path):
     notebook = reading.read(path)
@@ -52,7 +44,7 @@ def test_prose_is_written_by_hand(path):
 def test_its_findings_say_what_was_measured(path):
     notebook = reading.read(path)
     assert second_edition.findings(notebook)
-    assert second_edition.unknown_numbers(notebook, results_of(path)) == []
+    assert second_edition.unknown_numbers(notebook) == []
 
 
 @each_page
@@ -157,30 +149,34 @@ def test_widgets_without_a_picture_are_found():
     ],
 )
 def test_numbers_are_read_as_they_are_written(text, numbers):
-    assert second_edition.numbers_in(text) == numbers
+    assert [number for number, _ in second_edition.numbers_in(text)] == numbers
+
+
+def test_the_word_behind_a_number_is_its_unit():
+    read = second_edition.numbers_in("9.2 GB, 3.1 (about 12 %).")
+    assert read == [("9.2", "GB"), ("3.1", "(about"), ("12", "%")]
 
 
 @pytest.mark.parametrize(
-    ("number", "known"),
+    ("number", "unit", "known"),
     [
-        ("57", True),  # 57.2
-        ("57.2", True),
-        ("57.3", False),
-        ("12.3", True),  # 0.1234 as a share
-        ("70.3", True),  # 70,272 in thousands
-        ("3", True),  # a few things are counted
-        ("−0.12", True),  # of 0.1234: the sign is for the reader to see
-        ("11", False),
+        ("57", "", True),  # 57.2
+        ("57.2", "times", True),
+        ("57.3", "times", False),
+        ("12.3", "%", True),  # 0.1234 as a share
+        ("12.3", "nats", False),
+        ("70.3", "kB", True),  # 70,272 in thousands
+        ("70.3", "", False),
+        ("3", "", True),  # a few things are counted
+        ("−0.12", "", True),  # of 0.1234: the sign is for the reader to see
+        ("11", "", False),
     ],
 )
-def test_a_number_is_known_if_a_value_rounds_to_it(number, known):
-    assert second_edition.is_known(number, [57.2, 0.1234, 70_272]) == known
+def test_a_number_is_known_if_a_value_rounds_to_it(number, unit, known):
+    assert second_edition.is_known(number, unit, [57.2, 0.1234, 70_272]) == known
 
 
-def test_values_come_from_outputs_and_results(tmp_path):
-    file = tmp_path / "01.json"
-    text = json.dumps({"seeds": {"0": {"loss": [3.25, True]}}})
-    file.write_text(text, encoding="utf-8")
+def test_values_come_from_what_the_page_shows():
     picture = '<img style="max-width: 100%" alt="MLA 70.3 kB" src="data:x,999">'
     notebook = page(
         code(
@@ -190,11 +186,11 @@ def test_values_come_from_outputs_and_results(tmp_path):
                 shown(**{"text/html": f"<td>1,024</td>{picture}"}),
             ],
         ),
-        new_markdown_cell("**Found.** 57 times, 1,024, 70.3 and 3.25; not 41.5."),
+        new_markdown_cell("**Found.** 57 times, 1,024 and 70.3; not 41.5."),
         new_markdown_cell("Elsewhere 41.7 is free."),
     )
-    values = second_edition.known_values(notebook, [file])
-    assert {57.2, 1024.0, 70.3, 3.25} <= set(values)
-    assert 999.0 not in values and True not in values[-1:]
-    [found] = second_edition.unknown_numbers(notebook, [file])
+    values = second_edition.known_values(notebook)
+    assert {57.2, 1024.0, 70.3} <= set(values)
+    assert 999.0 not in values
+    [found] = second_edition.unknown_numbers(notebook)
     assert "41.5" in found

@@ -140,12 +140,17 @@ def test_several_comparisons_of_nothing_are_rarely_findings():
 def test_comparisons_of_one_page_are_corrected_together():
     found = of_seeds([0.02, 0.05, 0.03, 0.06, 0.01])
     one = compare(found, "loss", baseline="a")
-    both = frames.together({"a": one, "b": compare(found, "loss", baseline="b")})
-    assert list(both.index) == ["b minus a", "a minus b"]
+    chosen = {"loss": [("b", "a"), ("a", "b")], "speed": [("b", "a")]}
+    page = frames.pairs(found, chosen)
+    assert list(page.index) == ["b minus a", "a minus b", "b minus a"]
+    assert list(page["metric"]) == ["loss", "loss", "speed"]
+    page = page.reset_index()
+    assert page.loc[0, "mean"] == one.loc["b", "mean"]
+    # what is not recorded does not count in the correction either
     p = one.loc["b", "p"]
-    assert both["p_holm"].tolist() == pytest.approx([2 * p, 2 * p])
-    assert one.loc["b", "finding"] == (p < 0.05)
-    assert both["finding"].tolist() == [2 * p < 0.05] * 2
+    assert page["p_holm"].tolist()[:2] == pytest.approx([2 * p, 2 * p])
+    assert page["n"].tolist() == [5, 5, 0]
+    assert page["finding"].tolist() == [2 * p < 0.05, 2 * p < 0.05, False]
 
 
 def test_holm_is_the_published_procedure():

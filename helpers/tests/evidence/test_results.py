@@ -520,7 +520,31 @@ def test_a_notebook_that_records_nothing_is_an_error(folder, capsys):
     assert "tiny.json has no such seed" in capsys.readouterr().err
 
 
+RECORD_ALSO = """
+import sys
+sys.path.insert(0, {root!r})
+from helpers.evidence import results
+for seed in seeds:
+    results.record("tiny", {{"steps": steps}}, seed, {{"loss": seed}}, runs={{}})
+    for longer in also_train:
+        results.record("tiny_" + longer, {{"steps": 9}}, seed, {{"loss": 0}}, runs={{}})
+"""
+
+
+@pytest.mark.slow
+def test_further_trainings_run_for_seeds_that_are_up_to_date(folder, capsys):
+    cell = RECORD_ALSO.format(root=str(REPOSITORY))
+    path = folder / "tiny.ipynb"
+    write_notebook(path, PARAMETERS + "also_train = []\n", [cell])
+    command = ["--record", "tiny", "--seeds", "2"]
+    assert results.main(command, folder) == 0
+    assert results.main([*command, "--also", "long"], folder) == 0
+    assert "[1/1] tiny, seed 2: running" in capsys.readouterr().out
+    assert results.recorded("tiny_long", {"steps": 9}) == {2: {"loss": 0}}
+
+
 WRONG = [
+    (["--record", "tiny", "--also", "long"], PARAMETERS, "no further trainings"),
     (["--record", "nothing"], PARAMETERS, "notebook='nothing' cannot work"),
     (["--record", "tiny", "--arm", "MLA"], PARAMETERS, "no arms"),
     (
