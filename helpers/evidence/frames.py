@@ -1,7 +1,8 @@
 """Recorded measurements as one tidy frame, and the one rule by which arms are compared.
 
-A frame has a row for each number: seed, arm, metric, step and value, and `origin`
-("recorded", or "live" for what this notebook has just run).
+A frame has a row for each number: seed, arm, metric, step and value, and `origin`:
+"recorded", "live" for what this notebook has just run, or "counted" for what no chance
+is in.
 
 The rule: arms share seed and data, so what is compared is the *paired* difference, seed
 by seed. It is a finding only if the 95 % t-interval over at least 5 seeds leaves out
@@ -81,6 +82,23 @@ def at_the_end(found: pd.DataFrame, metric: str) -> pd.DataFrame:
     ordered = of_metric.sort_values(["origin", "step"])
     last = ordered.drop_duplicates(["seed", "arm"], keep="last")
     return last.pivot(index="seed", columns="arm", values="value")
+
+
+def against(found: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
+    """Each arm's `metric` minus that of `baseline`, at each step of each seed.
+
+    A frame of the same form, with the metric called "METRIC minus that of BASELINE" and
+    without the baseline. Live and recorded runs are not mixed.
+    """
+    of_metric = found[found["metric"] == metric]
+    keys = ["seed", "step", "origin"]
+    base = of_metric[of_metric["arm"] == baseline].set_index(keys)["value"]
+    others = of_metric[of_metric["arm"] != baseline].set_index(keys)
+    others = others.assign(
+        value=others["value"] - base.reindex(others.index),
+        metric=f"{metric} minus that of {baseline}",
+    )
+    return others.reset_index().dropna(subset="value")[COLUMNS]
 
 
 def compare(

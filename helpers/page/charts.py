@@ -53,7 +53,8 @@ def curves(
 
     found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
     band goes from the lowest to the highest recorded seed; without a live run the line
-    is the mean of the recorded ones. log_x: the steps grow by factors, each is named.
+    is the mean of the recorded ones. What is counted, not run, is a line with no more
+    than its name. log_x: the steps grow by factors, each is named.
     level: a value that the curves are read against, drawn as a thin line.
     """
     of_metric = found[found["metric"] == metric]
@@ -100,6 +101,9 @@ def _curve(ax: Axes, of_arm: pd.DataFrame, label: str, i: int) -> None:
     if "live" in origins:
         live = by_step["live"].mean(axis=1)
         ax.plot(live.index, live, label=f"{label}: this run", **look)
+    if "counted" in origins:
+        counted = by_step["counted"].mean(axis=1)
+        ax.plot(counted.index, counted, label=label, **look)
 
 
 def differences(
@@ -247,7 +251,8 @@ def roofline(
             )
     ax.annotate(
         f"ridge: {ridge:.0f} FLOP per byte",
-        (ridge, ax.get_ylim()[0]),
+        (ridge, 0),
+        xycoords=ax.get_xaxis_transform(),  # x of the data, y of the figure
         xytext=(4, 6),
         textcoords="offset points",
         fontsize=8,
@@ -256,6 +261,22 @@ def roofline(
     ax.set(xscale="log", yscale="log")
     ax.set_ylim(top=3 * flop_rate / 1e12)
     ax.legend(loc="lower right")
+    show(fig, labels.alt)
+
+
+def scatter(points: pd.DataFrame, labels: Labels, level: float | None = None) -> None:
+    """Points of several kinds. points: columns "kind", "x" and "y".
+
+    level: a value of y that they are read against, drawn as a thin line.
+    """
+    fig, ax = plt.subplots()
+    for i, (kind, of_kind) in enumerate(points.groupby("kind", sort=False)):
+        look = style(i, marker=True) | {"linestyle": "none"}
+        ax.plot(of_kind["x"], of_kind["y"], label=kind, alpha=0.8, **look)
+    if level is not None:
+        ax.axhline(level, color="black", linewidth=1)
+    labels.put_on(ax)
+    ax.legend()
     show(fig, labels.alt)
 
 

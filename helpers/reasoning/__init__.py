@@ -2,6 +2,7 @@
 
 countdown    the task in English and Spanish: words, problems, tokenizer
 writers      who wrote the corpus: people who verify, and people who guess
+mixture      Python and Countdown in one vocabulary
 rewards      what the rules pay for (accuracy, format, language) and what curves show
 rollout      sampling answers, and the log-probabilities of their tokens
 grpo         Group Relative Policy Optimization

@@ -75,6 +75,12 @@ def test_without_a_live_run_the_line_is_the_mean(drawn):
     assert fig.axes[0].lines[0].get_ydata().tolist() == pytest.approx([3.0, 2.4])
 
 
+def test_what_is_counted_is_called_by_its_name_alone(drawn):
+    charts.curves(two_arms(["counted"]), "loss", LABELS)
+    [(fig, _)] = drawn
+    assert legend(fig) == ["a", "b"]
+
+
 def test_differences_fill_only_what_is_a_finding(drawn):
     few = compare(two_arms(["recorded"] * 3), "loss", baseline="a")
     many = compare(two_arms(["recorded"] * 5), "loss", baseline="a")
@@ -138,6 +144,18 @@ def test_a_level_that_curves_are_read_against(drawn):
     charts.curves(two_arms(["live"]), "loss", LABELS, arms=["a"], level=2.5)
     [(fig, _)] = drawn
     assert [*fig.axes[0].lines[-1].get_ydata()] == [2.5, 2.5]
+
+
+def test_points_have_a_marker_for_each_kind(drawn):
+    rows = [("before", 0.0, 1.0), ("after", 0.5, 2.0), ("before", 1.0, 3.0)]
+    points = pd.DataFrame(rows, columns=["kind", "x", "y"])
+    charts.scatter(points, LABELS, level=1)
+    [(fig, _)] = drawn
+    ax = fig.axes[0]
+    assert legend(fig) == ["before", "after"]
+    assert [line.get_marker() for line in ax.lines[:2]] == ["o", "s"]
+    assert ax.lines[0].get_xdata().tolist() == [0.0, 1.0]
+    assert [*ax.lines[-1].get_ydata()] == [1, 1]
 
 
 def test_a_heat_map_writes_its_numbers_in_an_ink_that_can_be_read(drawn):
