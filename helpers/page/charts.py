@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from helpers.page.figures import COLORS, show, style
+from helpers.page.figures import COLORS, MARKERS, show, style
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,7 +46,7 @@ def curves(
     labels: Labels,
     arms: Sequence[str] | None = None,
     names: Names | None = None,
-    log_x: bool = False,
+    log: str = "",
     level: float | None = None,
 ) -> None:
     """A metric over the steps: a line for the live run, a band for recorded seeds.
@@ -54,7 +54,8 @@ def curves(
     found: a frame as `frames.frame` gives it. arms: which, in this order; None: all. A
     band goes from the lowest to the highest recorded seed; without a live run the line
     is the mean of the recorded ones. What is counted, not run, is a line with no more
-    than its name. log_x: the steps grow by factors, each is named.
+    than its name. log: "x" where the steps grow by factors (each is named), "xy" where
+    the values do, too.
     level: a value that the curves are read against, drawn as a thin line.
     """
     of_metric = found[found["metric"] == metric]
@@ -67,7 +68,9 @@ def curves(
     labels.put_on(ax)
     if level is not None:
         ax.axhline(level, color="black", linewidth=1)
-    if log_x:
+    if "y" in log:
+        ax.set_yscale("log")
+    if "x" in log:
         steps = sorted(of_metric["step"].unique())
         ax.set_xscale("log")
         ax.set_xticks(steps, [f"{step:,}" for step in steps])
@@ -114,23 +117,30 @@ def differences(
 ) -> None:
     """Paired differences with their 95 % intervals, one line for each arm.
 
-    table: what `frames.compare` gives. A full point is a finding, a hollow one is not
-    separable from zero. guess: the reader's, drawn as a dotted line.
+    table: what `frames.compare` or `frames.pairs` gives. A full point is a finding, a
+    hollow one is not separable from zero. With a column "group" each group has its
+    colour. guess: the reader's, drawn as a dotted line.
     """
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(table)))
     ax.axvline(0, color="black", linewidth=1)
     places = range(len(table))
     lines = []
+    groups = list(dict.fromkeys(table.get("group", [])))
     for place, (arm, row) in zip(places, table.iterrows(), strict=True):
-        color = COLORS[0]
+        i = groups.index(row["group"]) if groups else 0
+        color = COLORS[i]
         ax.plot([row["low"], row["high"]], [place, place], color=color)
         face = color if row["finding"] else "white"
-        ax.plot(row["mean"], place, "o", color=color, markerfacecolor=face)
+        marker = MARKERS[i]
+        ax.plot(row["mean"], place, marker, color=color, markerfacecolor=face)
         name = (names or {}).get(str(arm), str(arm))
         lines.append(f"{name} (n = {row['n']})")
+    for i, group in enumerate(groups):
+        ax.plot([], [], MARKERS[i], color=COLORS[i], label=group)
     if guess is not None:
-        ax.axvline(guess, color=COLORS[1], linestyle=":", label="your guess")
-        ax.legend()
+        ax.axvline(guess, color=COLORS[-1], linestyle=":", label="your guess")
+    if groups or guess is not None:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     labels.put_on(ax)
     ax.set(yticks=places, yticklabels=lines)
     ax.set_ylim(len(table) - 0.5, -0.5)
@@ -176,14 +186,20 @@ def dots(
 ) -> None:
     """As `bars`, for values that differ by powers of ten: dots on a logarithmic axis.
 
-    (A bar has no length there: the axis has no zero to begin at.)
+    (A bar has no length there: the axis has no zero to begin at.) Each column of
+    `values` has its colour and marker; only the last one's numbers are written.
     """
     fig, ax = plt.subplots(figsize=(8, 1.0 + 0.42 * len(values)))
-    drawn = values.iloc[:, 0]
-    ax.plot(drawn, np.arange(len(values)), "o", color=COLORS[0], markersize=7)
-    _write_beside(ax, [form.format(value) for value in drawn], drawn)
+    for i, column in enumerate(values.columns):
+        look = style(i, marker=True) | {"linestyle": "none", "markersize": 7}
+        label = str(column) if values.shape[1] > 1 else "_"  # "_": not in a legend
+        ax.plot(values[column], np.arange(len(values)), label=label, **look)
+    last = values.iloc[:, -1]
+    _write_beside(ax, [form.format(value) for value in last], last)
     ax.set_xscale("log")
     ax.margins(x=0.15)
+    if values.shape[1] > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     _name_rows(ax, values, limits, guess)
     labels.put_on(ax)
     show(fig, labels.alt)
@@ -214,53 +230,53 @@ def _name_rows(
     ax.grid(visible=False, axis="y")
 
 
-def roofline(
-    points: pd.DataFrame,
-    flop_rate: float,
-    byte_rate: float,
-    labels: Labels,
-) -> None:
+class Roof(NamedTuple):
+    """What a processor can do: its peak, or what was reached on it."""
+
+    name: str
+    flop_rate: float  # FLOP/s
+    byte_rate: float  # bytes/s
+
+
+def roofline(points: pd.DataFrame, roofs: Sequence[Roof], labels: Labels) -> None:
     """Work as points under a processor's roof: what limits each of them?
 
     points: columns "kind" (colour and marker), "name" (written at the point) and
-    "intensity", FLOP per byte. flop_rate in FLOP/s, byte_rate in bytes/s. The roof is
-    the smaller of intensity * byte_rate and flop_rate; its bend is the ridge.
+    "intensity", FLOP per byte; they lie on the first roof. A roof is the smaller of
+    intensity * byte_rate and flop_rate, and bends at its ridge.
     """
-    ridge = flop_rate / byte_rate
-    fig, ax = plt.subplots(figsize=(8, 4.4))
-    ends = np.array([0.5, ridge, max(4096, 4 * points["intensity"].max())])
-    ax.plot(ends, np.minimum(ends * byte_rate, flop_rate) / 1e12, color="black")
-    ax.axvline(ridge, color="black", linewidth=0.8, linestyle=":")
+    fig, ax = plt.subplots(figsize=(8, 4.6))
+    furthest = max(4096, 4 * points["intensity"].max())
+    for roof, line in zip(roofs, ("-", "--", "-."), strict=False):
+        ridge = roof.flop_rate / roof.byte_rate
+        ends = np.array([0.5, ridge, furthest])
+        heights = np.minimum(ends * roof.byte_rate, roof.flop_rate) / 1e12
+        label = f"{roof.name}: ridge at {ridge:.0f} FLOP per byte"
+        ax.plot(
+            ends, heights, color="black", linewidth=1.2, linestyle=line, label=label
+        )
+    first = roofs[0]
     for i, (kind, of_kind) in enumerate(points.groupby("kind", sort=False)):
-        reached = np.minimum(of_kind["intensity"] * byte_rate, flop_rate) / 1e12
+        reached = np.minimum(of_kind["intensity"] * first.byte_rate, first.flop_rate)
         look = style(i, marker=True) | {"linestyle": "none", "markersize": 8}
-        ax.plot(of_kind["intensity"], reached, label=kind, **look)
-        # names of kinds stand on different sides of the roof, so that they keep apart
-        up = i % 2 == 0
-        places = zip(of_kind["name"], of_kind["intensity"], reached, strict=True)
+        ax.plot(of_kind["intensity"], reached / 1e12, label=kind, **look)
+        places = zip(of_kind["name"], of_kind["intensity"], reached / 1e12, strict=True)
         for name, x, y in places:
+            # names of kinds stand at different heights, so that they keep apart
             ax.annotate(
                 name,
                 (x, y),
-                xytext=(-7, 5) if up else (7, -5),
+                xytext=(8, -12 - 14 * i),
                 textcoords="offset points",
-                ha="right" if up else "left",
-                va="bottom" if up else "top",
-                fontsize=8,
+                va="top",
+                fontsize=9,
                 color=look["color"],
             )
-    ax.annotate(
-        f"ridge: {ridge:.0f} FLOP per byte",
-        (ridge, 0),
-        xycoords=ax.get_xaxis_transform(),  # x of the data, y of the figure
-        xytext=(4, 6),
-        textcoords="offset points",
-        fontsize=8,
-    )
     labels.put_on(ax)
     ax.set(xscale="log", yscale="log")
-    ax.set_ylim(top=3 * flop_rate / 1e12)
-    ax.legend(loc="lower right")
+    ax.set_ylim(0.3, 30 * first.flop_rate / 1e12)
+    ax.set_xlim(0.4, 4 * furthest)
+    ax.legend(loc="upper left", fontsize=9)
     show(fig, labels.alt)
 
 

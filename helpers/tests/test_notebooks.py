@@ -39,6 +39,7 @@ SMALL: dict[str, dict] = {
         "batch_size": 2,
         "length": 32,
         "vocab_size": 300,
+        "valid_tokens": 2048,
         "contexts": [64, 128],
         "repeats": 2,
         "also_train": ["sweep", "controls", "long"],

@@ -125,25 +125,51 @@ def test_dots_for_values_that_differ_by_powers_of_ten(drawn):
     assert rows == ["MLA", "MHA"] and ax.yaxis_inverted()
 
 
+def test_several_columns_of_dots_have_a_legend(drawn):
+    values = pd.DataFrame({"on each": [9.2, 82.0], "in all": [9.2, 655.0]})
+    charts.dots(values, LABELS, form="{:.0f}")
+    [(fig, _)] = drawn
+    assert legend(fig) == ["on each", "in all"]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["9", "655"]
+
+
+def test_groups_of_differences_have_their_colours(drawn):
+    table = compare(two_arms(["recorded"] * 5), "loss", baseline="a")
+    table = pd.concat([table, table.rename({"b": "c"})]).assign(group=["one", "two"])
+    charts.differences(table, LABELS)
+    [(fig, _)] = drawn
+    assert legend(fig) == ["one", "two"]
+    points = [line for line in fig.axes[0].lines if len(line.get_xdata()) == 1]
+    assert [point.get_color() for point in points] == charts.COLORS[:2]
+
+
 def test_a_roofline_bends_at_its_ridge_and_carries_the_points(drawn):
     points = pd.DataFrame(
         [("decode", "one text", 2.0), ("decode", "64", 50.0), ("prompt", "4K", 900.0)],
         columns=["kind", "name", "intensity"],
     )
-    charts.roofline(points, flop_rate=100e12, byte_rate=1e12, labels=LABELS)
+    roofs = [charts.Roof("peak", 100e12, 1e12), charts.Roof("reached", 60e12, 1e12)]
+    charts.roofline(points, roofs, LABELS)
     [(fig, _)] = drawn
     ax = fig.axes[0]
     x, y = ax.lines[0].get_data()
     assert x[1] == 100 and y.tolist()[1:] == [100, 100] and y[0] == x[0]
+    assert ax.lines[1].get_xdata()[1] == 60
+    assert legend(fig)[:2] == [
+        "peak: ridge at 100 FLOP per byte",
+        "reached: ridge at 60 FLOP per byte",
+    ]
     reached = {line.get_label(): line.get_ydata().tolist() for line in ax.lines[2:]}
     assert reached == {"decode": [2.0, 50.0], "prompt": [100.0]}
     assert {text.get_text() for text in ax.texts} >= {"one text", "64", "4K"}
 
 
 def test_a_level_that_curves_are_read_against(drawn):
-    charts.curves(two_arms(["live"]), "loss", LABELS, arms=["a"], level=2.5)
+    charts.curves(two_arms(["live"]), "loss", LABELS, ["a"], log="xy", level=2.5)
     [(fig, _)] = drawn
-    assert [*fig.axes[0].lines[-1].get_ydata()] == [2.5, 2.5]
+    ax = fig.axes[0]
+    assert [*ax.lines[-1].get_ydata()] == [2.5, 2.5]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
 def test_points_have_a_marker_for_each_kind(drawn):
