@@ -84,23 +84,6 @@ def at_the_end(found: pd.DataFrame, metric: str) -> pd.DataFrame:
     return last.pivot(index="seed", columns="arm", values="value")
 
 
-def against(found: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
-    """Each arm's `metric` minus that of `baseline`, at each step of each seed.
-
-    A frame of the same form, with the metric called "METRIC minus that of BASELINE" and
-    without the baseline. Live and recorded runs are not mixed.
-    """
-    of_metric = found[found["metric"] == metric]
-    keys = ["seed", "step", "origin"]
-    base = of_metric[of_metric["arm"] == baseline].set_index(keys)["value"]
-    others = of_metric[of_metric["arm"] != baseline].set_index(keys)
-    others = others.assign(
-        value=others["value"] - base.reindex(others.index),
-        metric=f"{metric} minus that of {baseline}",
-    )
-    return others.reset_index().dropna(subset="value")[COLUMNS]
-
-
 def compare(
     found: pd.DataFrame,
     metric: str,

@@ -280,22 +280,6 @@ def roofline(points: pd.DataFrame, roofs: Sequence[Roof], labels: Labels) -> Non
     show(fig, labels.alt)
 
 
-def scatter(points: pd.DataFrame, labels: Labels, level: float | None = None) -> None:
-    """Points of several kinds. points: columns "kind", "x" and "y".
-
-    level: a value of y that they are read against, drawn as a thin line.
-    """
-    fig, ax = plt.subplots()
-    for i, (kind, of_kind) in enumerate(points.groupby("kind", sort=False)):
-        look = style(i, marker=True) | {"linestyle": "none"}
-        ax.plot(of_kind["x"], of_kind["y"], label=kind, alpha=0.8, **look)
-    if level is not None:
-        ax.axhline(level, color="black", linewidth=1)
-    labels.put_on(ax)
-    ax.legend()
-    show(fig, labels.alt)
-
-
 def heat_map(
     values: pd.DataFrame,
     labels: Labels,

@@ -7,7 +7,7 @@ share END.
 
 import random
 
-from helpers.checks import Count, Share, check, need
+from helpers.checks import Share, check, need
 from helpers.reasoning.countdown import END_TEXT, VOCABULARY
 from helpers.training.corpus import END, Corpus
 from helpers.training.runs import key
@@ -16,13 +16,13 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-FIRST = len(VOCABULARY) - 1  # added to the id of a Python token; END stays END
+SHIFT = len(VOCABULARY) - 1  # added to the id of a Python token; END stays END
 CHUNK = 512  # tokens of Python that lie together
 
 
 def python_ids(ids: Tensor) -> Tensor:
     """Ids of the Python corpus -> those of the mixture."""
-    return torch.where(ids == END, ids, ids + FIRST)
+    return torch.where(ids == END, ids, ids + SHIFT)
 
 
 def mixed(words: Corpus, python: Corpus, share: float, seed: int) -> Corpus:
@@ -72,12 +72,12 @@ def _tokenizer(python: Tokenizer) -> Tokenizer:
     names = {word: i for i, word in enumerate(VOCABULARY)}
     for token, i in python.get_vocab().items():
         if i != END:
-            names[f"python {token}"] = i + FIRST
+            names[f"python {token}"] = i + SHIFT
     whole = Tokenizer(models.WordLevel(names))
     whole.add_special_tokens([END_TEXT])
     return whole
 
 
-def python_windows(python: Corpus, n: Count, length: Count) -> Tensor:
+def python_windows(python: Corpus, n: int, length: int) -> Tensor:
     """n evenly spaced windows of unseen Python [n, length], as ids of the mixture."""
     return python_ids(python.valid_batch(n, length))

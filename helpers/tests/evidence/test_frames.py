@@ -137,17 +137,6 @@ def test_several_comparisons_of_nothing_are_rarely_findings():
     assert found_something <= 18
 
 
-def test_differences_at_each_step_are_taken_within_a_run():
-    first = {"a": {"loss": {1: 5.0, 2: 4.0}}, "b": {"loss": {1: 5.5, 2: 3.0}}}
-    other = {"a": {"loss": {1: 9.0}}, "b": {"loss": {1: 8.0, 2: 7.0}}}
-    found = pd.concat([tidy(first, 0), tidy(other, 0, "recorded")])
-    apart = frames.against(found, "loss", "a")
-    assert set(apart["metric"]) == {"loss minus that of a"}
-    assert set(apart["arm"]) == {"b"}
-    by_run = apart.set_index(["origin", "step"])["value"].to_dict()
-    assert by_run == {("live", 1): 0.5, ("live", 2): -1.0, ("recorded", 1): -1.0}
-
-
 def test_comparisons_of_one_page_are_corrected_together():
     found = of_seeds([0.02, 0.05, 0.03, 0.06, 0.01])
     one = compare(found, "loss", baseline="a")

@@ -172,18 +172,6 @@ def test_a_level_that_curves_are_read_against(drawn):
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
-def test_points_have_a_marker_for_each_kind(drawn):
-    rows = [("before", 0.0, 1.0), ("after", 0.5, 2.0), ("before", 1.0, 3.0)]
-    points = pd.DataFrame(rows, columns=["kind", "x", "y"])
-    charts.scatter(points, LABELS, level=1)
-    [(fig, _)] = drawn
-    ax = fig.axes[0]
-    assert legend(fig) == ["before", "after"]
-    assert [line.get_marker() for line in ax.lines[:2]] == ["o", "s"]
-    assert ax.lines[0].get_xdata().tolist() == [0.0, 1.0]
-    assert [*ax.lines[-1].get_ydata()] == [1, 1]
-
-
 def test_a_heat_map_writes_its_numbers_in_an_ink_that_can_be_read(drawn):
     values = pd.DataFrame([[0.0, 1.0], [0.5, 0.25]], index=["1K", "4K"], columns=[1, 8])
     charts.heat_map(values, LABELS, unit="share")

@@ -3,7 +3,7 @@
 from helpers.checks import InputError
 from helpers.reasoning import mixture, writers
 from helpers.reasoning.countdown import VOCABULARY
-from helpers.reasoning.mixture import CHUNK, FIRST, mixed, python_ids
+from helpers.reasoning.mixture import CHUNK, SHIFT, mixed, python_ids
 from helpers.tests.builders import write_texts
 from helpers.training import corpus as text
 from helpers.training.corpus import END
@@ -29,7 +29,7 @@ def test_python_follows_the_words_and_shares_their_end(corpus):
     assert (ids[corpus.train == END] == END).all()
     others = ids[corpus.train != END]
     assert others.min() >= len(VOCABULARY)
-    assert torch.equal(others - FIRST, corpus.train[corpus.train != END])
+    assert torch.equal(others - SHIFT, corpus.train[corpus.train != END])
 
 
 def test_all_documents_and_so_much_python(words, corpus):
@@ -58,8 +58,8 @@ def test_it_depends_on_seed_and_share_alone(words, corpus):
 
 def test_a_model_of_the_mixture_has_a_name_for_each_id(words, corpus):
     both = mixed(words, corpus, 0.3, seed=1)
-    assert both.vocab_size == FIRST + corpus.vocab_size
-    ids = [VOCABULARY.index("make"), FIRST + 1]
+    assert both.vocab_size == SHIFT + corpus.vocab_size
+    ids = [VOCABULARY.index("make"), SHIFT + 1]
     assert both.decode(ids).startswith("make python ")
     windows = mixture.python_windows(corpus, 3, 8)
     assert windows.shape == (3, 8)
