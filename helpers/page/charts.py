@@ -230,6 +230,23 @@ def _name_rows(
     ax.grid(visible=False, axis="y")
 
 
+def scatter(points: pd.DataFrame, labels: Labels, level: float | None = None) -> None:
+    """Points in the plane, each kind with its colour and marker.
+
+    points: columns "kind", "x" and "y". level: a height that the points are read
+    against, drawn as a thin line.
+    """
+    fig, ax = plt.subplots()
+    for i, (kind, of_kind) in enumerate(points.groupby("kind", sort=False)):
+        look = style(i, marker=True) | {"linestyle": "none"}
+        ax.plot(of_kind["x"], of_kind["y"], label=kind, **look)
+    if level is not None:
+        ax.axhline(level, color="black", linewidth=1)
+    labels.put_on(ax)
+    ax.legend()
+    show(fig, labels.alt)
+
+
 class Roof(NamedTuple):
     """What a processor can do: its peak, or what was reached on it."""
 

@@ -1,14 +1,34 @@
 """The claims as data: a to p, each with a verdict, sources and one notebook."""
 
+import hashlib
 import re
 
 from helpers.checks import InputError
-from helpers.evidence.claims import CLAIMS, read_claims
+from helpers.evidence.claims import (
+    CLAIMS,
+    SENTENCES,
+    STATEMENTS,
+    Sentence,
+    read_claims,
+    read_statements,
+)
 from helpers.evidence.facts import SOURCES, read_toml, source_keys
+from helpers.tests.reading import NOTEBOOKS
+from helpers.training.source import REPOSITORY
 
 import pytest
 
 ROWS = read_toml("claims.toml")["claim"]
+STATED = read_toml("claims.toml")["statement"]
+
+
+@pytest.fixture
+def article():
+    """The text of the article, where it lies beside the checkout."""
+    path = REPOSITORY.parent / "shared" / "article.txt"
+    if not path.is_file():
+        pytest.skip("the article is not there")
+    return path.read_text(encoding="utf-8")
 
 
 def test_claims_a_to_p_each_name_one_notebook():
@@ -51,3 +71,54 @@ def test_a_malformed_claim_is_refused_by_its_letter(changes, message):
 def test_a_letter_given_twice_is_refused():
     with pytest.raises(InputError, match="letters='aa' cannot work: each once"):
         read_claims([ROWS[0], ROWS[0]])
+
+
+def test_statements_are_quotes_with_a_translation_and_reasons():
+    names = {path.stem for path in NOTEBOOKS}
+    for statement in STATEMENTS:
+        assert statement.quote.strip() == statement.quote
+        assert statement.english != statement.quote
+        assert statement.why.endswith("."), statement
+        assert statement.notebook in names
+        assert statement.measured in names | {""}
+    assert {one.letter for one in STATEMENTS} == {claim.letter for claim in CLAIMS}
+
+
+def test_a_quote_that_is_a_whole_sentence_has_its_hash():
+    """True without the article at hand, too."""
+    whole = 0
+    for statement in STATEMENTS:
+        digest = hashlib.sha256(statement.quote.encode()).hexdigest()
+        whole += digest == SENTENCES[statement.sentence - 1].sha256
+    assert whole > 10
+    hashes = [sentence.sha256 for sentence in SENTENCES]
+    assert len(set(hashes)) == len(hashes)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes)
+
+
+def test_quotes_and_sentences_are_those_of_the_article(article):
+    found = []
+    for paragraph in article.splitlines()[1:]:  # the first line is the title
+        found += re.split(r"(?<=[.?])\s+(?=[A-ZÁÉÍÓÚÑ¿])", paragraph.strip())
+    sentences = [sentence for sentence in found if sentence]
+    digests = [hashlib.sha256(one.encode()).hexdigest() for one in sentences]
+    assert digests == [sentence.sha256 for sentence in SENTENCES]
+    for statement in STATEMENTS:
+        assert statement.quote in sentences[statement.sentence - 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verdict": "true"}, "verdict='true' cannot work"),
+        ({"facts": ["v3.nothing"]}, "facts='v3.nothing' cannot work: facts.toml has"),
+        ({"facts": []}, r"facts=\[\] cannot work: give at least one key"),
+        ({"letter": "z"}, "letter='z' cannot work: use one of ab"),
+        ({"sentence": 2}, r"sentence=\[2\] cannot work: each checkable sentence"),
+    ],
+)
+def test_a_malformed_statement_is_refused(changes, message):
+    sentences = [Sentence("", True), Sentence("", False)]
+    assert read_statements([STATED[0]], sentences, "ab")
+    with pytest.raises(InputError, match=message):
+        read_statements([STATED[0] | changes], sentences, "ab")

@@ -193,3 +193,18 @@ def test_a_gantt_chart_has_a_line_for_each_worker(drawn):
     assert [bar.get_width() for bar in ax.patches] == [1, 2]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["GPU 0", "GPU 1"]
     assert legend(fig) == ["forward", "backward"]
+
+
+def test_points_of_each_kind_are_told_apart(drawn):
+    points = pd.DataFrame(
+        [("with", 0.1, 1.0), ("without", 0.1, 0.5), ("without", -0.2, 3.0)],
+        columns=["kind", "x", "y"],
+    )
+    charts.scatter(points, LABELS, level=1)
+    [(fig, _)] = drawn
+    assert legend(fig) == ["with", "without"]
+    first, second, level = fig.axes[0].lines
+    assert first.get_xydata().tolist() == [[0.1, 1.0]]
+    assert second.get_xydata().tolist() == [[0.1, 0.5], [-0.2, 3.0]]
+    assert first.get_marker() != second.get_marker()
+    assert set(level.get_ydata()) == {1}
